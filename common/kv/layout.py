@@ -1,0 +1,28 @@
+"""The shape of a KV block: only workers that agree on it share an arena."""
+
+from __future__ import annotations
+
+import msgspec
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
+
+
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """One block is contiguous: [num_layers, 2 (K, V), num_kv_heads, block_size, head_dim] of dtype.
+
+    Block-major, so that a block moves, is checked and is evicted as one range of bytes.
+    `first_kv_head` and `num_kv_heads` give the head range, for workers that hold some of the heads.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    first_kv_head: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers, K and V."""
+        elements = self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim
+        return elements * DTYPE_BYTES[self.dtype]

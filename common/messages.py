@@ -1,0 +1,348 @@
+"""What the services say to each other: one closed union of tagged structs per direction.
+
+`call_id` is not 0 where an answer is expected; the answer carries the same number. Member, handoff
+and request ids are 32 hexadecimal digits; a block is named by its number in the host's arena.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common.kv.layout import KvLayout
+from kvbaton.codec import Decoder
+from kvbaton.errors import KvbatonError
+from kvbaton.sampling import SamplingParams
+
+INTERNAL_VERSION = 1
+
+
+class StaleError(KvbatonError):
+    """The handoff is over, or has gone on to another epoch: drop the work."""
+
+    code = "stale"
+    status = 409
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"):
+    """Base of all; unknown keys are ignored, so that a newer peer may add fields."""
+
+    call_id: int = 0
+
+
+# ---- every connection -------------------------------------------------------------------------
+
+
+class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_tokens_queued: int = 0
+    tokens_per_s: float = 0.0
+
+
+class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A process of the cluster. `member_id` is new at each start: an incarnation, not a name."""
+
+    member_id: str
+    role: str  # gateway, prefill, decode
+    name: str  # decode.2, for people
+    host_id: str
+    pid: int
+    endpoint: str = ""
+    fingerprint: str = ""
+    model: str = ""
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    mover: str = "shm"
+    layout: KvLayout | None = None
+    load: Load = Load()
+
+
+class Hello(Message, tag="hello"):
+    """The first message of every connection."""
+
+    internal_version: int
+    member: Member
+
+
+class Welcome(Message, tag="welcome"):
+    """The answer to hello. `instance_id` changes when the one that answers restarts."""
+
+    instance_id: str
+    heartbeat_s: float = 0.5
+    arena_path: str = ""
+    data_endpoint: str = ""
+    cache_secret: bytes = b""
+    host_id: str = ""
+    num_blocks: int = 0
+
+
+class Failed(Message, tag="failed"):
+    """The call was refused. `code` is one of kvbaton.errors, "stale" or "hello_required"."""
+
+    code: str
+    message: str
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+class Ok(Message, tag="ok"):
+    """The call was carried out, there is nothing more to say."""
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """A sign of life, with the sender's load; answered by ok. A worker is shown to gateways once
+    it is `ready`: its arena is mapped and its engine attached."""
+
+    load: Load = Load()
+    ready: bool = False
+
+
+class Leave(Message, tag="leave"):
+    """The sender has stopped all steps, writes no more and goes."""
+
+
+class Stopped(Message, tag="stopped"):
+    """The sender's earlier incarnation `member_id` has ended its last step and writes no more."""
+
+    member_id: str
+
+
+# ---- to the store -------------------------------------------------------------------------------
+
+
+class OpenHandoff(Message, tag="open"):
+    """Gateway: reserve room for a prompt and pin its cached blocks. Answered by HandoffOpened once
+    there is room. `keys` are those of the prompt's full blocks, `root_key` their first parent."""
+
+    request_id: str
+    prefill_id: str
+    decode_id: str
+    root_key: bytes
+    keys: list[bytes]
+    num_tokens: int
+
+
+class AbortHandoff(Message, tag="abort"):
+    """Gateway: end the handoff wherever it stands. Before its id is known it is named by the
+    `open_call_id` of the call that opens it."""
+
+    handoff_id: str = ""
+    open_call_id: int = 0
+    reason: str = "cancelled"
+
+
+class _HandoffStep(Message):
+    """A worker's step on a handoff; an older epoch than the store's changes nothing."""
+
+    handoff_id: str
+    epoch: int
+
+
+class Fill(_HandoffStep, tag="fill"):
+    """Prefill (or decode, of its own prompt): give me the blocks. Answered by Granted."""
+
+
+class Commit(_HandoffStep, tag="commit"):
+    """Blocks from `first_index` on are full and final. Without `keys` the prompt's keys hold."""
+
+    first_index: int
+    blocks: list[int]
+    keys: list[bytes] = []
+
+
+class Seal(_HandoffStep, tag="seal"):
+    """Prefill: the prompt is computed and `first_token` drawn. `finished`: no more is to do."""
+
+    first_token: int
+    finished: bool = False
+
+
+class Claim(_HandoffStep, tag="claim"):
+    """Decode: these blocks are mine now. Answered by Granted."""
+
+
+class Release(_HandoffStep, tag="release"):
+    """Decode: the request is finished, the committed blocks may be cached."""
+
+
+class Suspend(_HandoffStep, tag="suspend"):
+    """Decode: preempted. Drops all blocks, keeps the handoff; answered by HandoffOpened when there
+    is room to go on, with what is left pinned. `num_tokens` counts prompt and output."""
+
+    num_tokens: int
+
+
+class Quit(_HandoffStep, tag="quit"):
+    """A worker told of an abort: my step has ended, I write no more into this handoff's blocks."""
+
+
+class Lease(Message, tag="lease"):
+    """Decode: give me up to this many free blocks to grow into. Answered by Leased."""
+
+    num_blocks: int
+
+
+class GiveBack(Message, tag="give_back"):
+    """Decode: these leased blocks are free again."""
+
+    blocks: list[int]
+
+
+class PutBlocks(_HandoffStep, tag="put"):
+    """Bytes of blocks, one frame each, for an arena the sender cannot map. Answered by ok."""
+
+    blocks: list[int]
+
+
+class GetBlocks(_HandoffStep, tag="get"):
+    """Ask for the bytes of blocks that the handoff holds. Answered by BlockBytes and frames."""
+
+    blocks: list[int]
+
+
+# ---- from the store -----------------------------------------------------------------------------
+
+
+class HandoffOpened(Message, tag="opened"):
+    """Room is reserved. The first `num_cached_blocks` blocks are pinned and need no computing."""
+
+    handoff_id: str
+    epoch: int
+    num_cached_blocks: int
+
+
+class Granted(Message, tag="granted"):
+    """The handoff's block table; the first `num_committed` are final, the rest the caller's.
+
+    The store knows the keys of the first `num_keys` blocks; `last_key` is the last of them, the
+    parent of what comes after.
+    """
+
+    blocks: list[int]
+    num_committed: int
+    num_keys: int
+    last_key: bytes
+
+
+class Leased(Message, tag="leased"):
+    """Free blocks, fewer than asked for when the store has no more."""
+
+    blocks: list[int]
+
+
+class BlockBytes(Message, tag="bytes"):
+    """The bytes asked for follow as frames, one for each block."""
+
+
+class Filled(Message, tag="filled"):
+    """To decode: more of the handoff's blocks are final and may be pulled."""
+
+    handoff_id: str
+    epoch: int
+    blocks: list[int]
+
+
+class Sealed(Message, tag="sealed"):
+    """To decode: prefill is done, claim it."""
+
+    handoff_id: str
+    epoch: int
+    first_token: int
+
+
+class Aborted(Message, tag="aborted"):
+    """To workers and the gateway: the handoff is over. Who may be writing answers with quit."""
+
+    handoff_id: str
+    epoch: int
+    reason: str
+
+
+class Members(Message, tag="members"):
+    """To gateways: the workers that can take work, and what the store holds."""
+
+    members: list[Member]
+    blocks: dict[str, int] = {}
+    num_handoffs: int = 0
+    num_waiting: int = 0
+
+
+# ---- between gateway and workers ----------------------------------------------------------------
+
+
+class Reserve(Message, tag="reserve"):
+    """Gateway to decode: keep a place for this request. Answered by ok when there is one.
+
+    `tokens` are the prompt and, when the request is placed again, its output so far;
+    `num_prompt_tokens` tells where the output begins. `prefill_here`: compute the prompt yourself.
+    """
+
+    handoff_id: str
+    epoch: int
+    store: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int
+    num_cached_blocks: int = 0
+    prefill_here: bool = False
+
+
+class Prefill(Message, tag="prefill"):
+    """Gateway to prefill: compute the prompt, draw one token."""
+
+    handoff_id: str
+    epoch: int
+    store: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int
+
+
+class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One token of one request; `index` counts the request's output from 0."""
+
+    handoff_id: str
+    index: int
+    token_id: int
+    logprob: float = 0.0
+    top_logprobs: list[tuple[int, float]] = []
+    finish_reason: str | None = None
+    since_joined_ms: float = 0.0  # with the first token from here: since it could be computed
+
+
+class OutputTokens(Message, tag="tokens"):
+    """Worker to gateway: what one step brought for its requests, and the load after it."""
+
+    tokens: list[OutputToken]
+    load: Load
+
+
+class Dropped(Message, tag="dropped"):
+    """Worker to gateway: the request cannot go on here. It may be placed again."""
+
+    handoff_id: str
+    code: str
+    message: str
+
+
+ToStore = (
+    Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
+    | Release | Suspend | Quit | Lease | GiveBack | PutBlocks | GetBlocks
+)  # fmt: skip
+FromStore = (
+    Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
+    | Aborted | Members
+)  # fmt: skip
+ToWorker = Hello | Heartbeat | Reserve | Prefill
+FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped
+
+
+def decoder(union: Any) -> Decoder[Message]:
+    """A decoder for one direction's union."""
+    return Decoder(union)

@@ -1,0 +1,173 @@
+"""The asking end of a connection: calls with answers, pushes, and hello again after a reconnect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from common.messages import Failed, Hello, Message, StaleError, Welcome
+from common.net.transport import Frame, Transport
+from kvbaton.codec import Decoder, encode
+from kvbaton.errors import ConnectionLostError, KvbatonError, ProtocolError, error_from_wire
+from kvbaton.protocol import HELLO_REQUIRED
+
+log = structlog.get_logger()
+
+CALL_TIMEOUT_S = 60.0
+HELLO_PAUSE_S = 0.5  # several messages in flight draw several "hello_required": one hello is enough
+
+
+class Link:
+    """A DEALER that speaks common.messages.
+
+    `handle(message)` gets what is pushed, and answers that nobody waits for any more: they may have
+    brought something that must be given back. `welcomed(welcome)` runs at each welcome: at first,
+    and whenever the other end had forgotten us (it restarted, or the connection broke). Calls in
+    flight then fail with ConnectionLostError. `refused(error)` runs when our hello is refused.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        endpoint: str,
+        decoder: Decoder[Message],
+        *,
+        hello: Callable[[], Hello],
+        welcomed: Callable[[Welcome], None],
+        handle: Callable[[Message], None],
+        refused: Callable[[KvbatonError], None],
+    ) -> None:
+        self.endpoint = endpoint
+        self._decoder = decoder
+        self._hello = hello
+        self._welcomed = welcomed
+        self._handle = handle
+        self._refused = refused
+        self._calls: dict[int, asyncio.Future[tuple[Message, list[memoryview]]]] = {}
+        self._last_call_id = 0
+        self._hello_call_id = 0
+        self._hello_at = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._socket = transport.dealer(endpoint, self._on_frames)
+        self._say_hello()
+
+    def send(self, message: Message, bulk: Sequence[Frame] = ()) -> None:
+        """Queue a message without waiting for an answer. A full queue loses it, as a dead peer
+        would; the heartbeats that then go unanswered tell."""
+        if not self._send(message, bulk):
+            log.warning("message_not_sent", endpoint=self.endpoint, type=type(message).__name__)
+
+    def _send(self, message: Message, bulk: Sequence[Frame]) -> bool:
+        return self._socket.send([encode(message), *bulk])
+
+    async def call(
+        self,
+        message: Message,
+        bulk: Sequence[Frame] = (),
+        timeout_s: float | None = CALL_TIMEOUT_S,
+    ) -> Message:
+        """The answer to a message. Raises what the other end raised, or ConnectionLostError.
+
+        With `timeout_s` None it waits for as long as the other end is there.
+        """
+        answer, _ = await self.call_bulk(message, bulk, timeout_s)
+        return answer
+
+    async def call_bulk(
+        self,
+        message: Message,
+        bulk: Sequence[Frame] = (),
+        timeout_s: float | None = CALL_TIMEOUT_S,
+    ) -> tuple[Message, list[memoryview]]:
+        """As `call`, with the frames that came with the answer."""
+        self._last_call_id += 1
+        call_id = message.call_id = self._last_call_id
+        future: asyncio.Future[tuple[Message, list[memoryview]]] = self._loop.create_future()
+        self._calls[call_id] = future
+        timer = (
+            None
+            if timeout_s is None
+            else self._loop.call_later(timeout_s, self._fail, call_id, "no answer in time")
+        )
+        try:
+            if not self._send(message, bulk):
+                raise ConnectionLostError(f"{self.endpoint} takes no more messages")
+            return await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._calls.pop(call_id, None)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._fail_all("this end closed the connection")
+
+    def reset(self) -> None:
+        """Give up on calls in flight and introduce ourselves again."""
+        self._fail_all("the connection was reset")
+        self._say_hello()
+
+    def _say_hello(self) -> None:
+        hello = self._hello()
+        self._hello_at = self._loop.time()
+        self._last_call_id += 1
+        self._hello_call_id = hello.call_id = self._last_call_id
+        self.send(hello)
+
+    def _fail(self, call_id: int, reason: str) -> None:
+        future = self._calls.get(call_id)
+        if future is not None and not future.done():
+            future.set_exception(ConnectionLostError(f"{self.endpoint}: {reason}"))
+
+    def _fail_all(self, reason: str) -> None:
+        for call_id in list(self._calls):
+            self._fail(call_id, reason)
+
+    def _on_frames(self, frames: list[memoryview]) -> None:
+        try:
+            message = self._decoder.decode(frames[0])
+        except (ProtocolError, IndexError) as error:
+            log.error("message_refused", endpoint=self.endpoint, reason=str(error))
+            return
+        if isinstance(message, Welcome):
+            self._fail_all("the other end had forgotten this connection")
+            self._welcomed(message)
+        elif isinstance(message, Failed):
+            self._on_failed(message)
+        elif message.call_id:
+            self._answer(message.call_id, (message, frames[1:]))
+        else:
+            self._handle(message)
+
+    def _on_failed(self, failed: Failed) -> None:
+        if failed.code == HELLO_REQUIRED:
+            self._fail_all("the other end had forgotten this connection")
+            if self._loop.time() - self._hello_at > HELLO_PAUSE_S:
+                self._say_hello()
+            return
+        error = (
+            StaleError(failed.message)
+            if failed.code == StaleError.code
+            else error_from_wire(failed.code, failed.message, failed.field, failed.retry_after_s)
+        )
+        if failed.call_id == self._hello_call_id:
+            self._refused(error)
+        else:
+            if not failed.call_id:
+                log.info("message_refused", endpoint=self.endpoint, reason=failed.message)
+            self._answer(failed.call_id, error)
+
+    def _answer(
+        self, call_id: int, result: tuple[Message, list[memoryview]] | KvbatonError
+    ) -> None:
+        future = self._calls.get(call_id)
+        if future is None or future.done():
+            if not isinstance(result, KvbatonError):
+                self._handle(result[0])
+            return
+        if isinstance(result, KvbatonError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

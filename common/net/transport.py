@@ -1,0 +1,54 @@
+"""The Transport seam: ROUTER and DEALER sockets as callbacks. Live it is ZeroMQ, in tests memory.
+
+Sends never wait: a peer that cannot take more is a peer in trouble, and the caller decides. A frame
+is bytes, or a memoryview that the sender keeps unchanged until the message has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from common.config import StartError
+
+Frame = bytes | memoryview
+Frames = Sequence[Frame]
+
+RouterHandler = Callable[[bytes, list[memoryview]], None]
+DealerHandler = Callable[[list[memoryview]], None]
+
+
+class RouterSocket(Protocol):
+    """The bound end: many peers, each named by its routing id."""
+
+    endpoint: str
+
+    def send(self, peer: bytes, frames: Frames) -> bool:
+        """Queue frames for `peer`; False if it is gone or its queue is full."""
+
+    def close(self) -> None: ...
+
+
+class DealerSocket(Protocol):
+    """The connecting end: one peer, reconnected by the transport when it comes back."""
+
+    def send(self, frames: Frames) -> bool:
+        """Queue frames; False if the queue is full."""
+
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Makes sockets. Handlers run on the event loop, one message at a time, in order per pipe."""
+
+    def router(self, endpoint: str, handler: RouterHandler) -> RouterSocket:
+        """Bind; port 0 or "*" takes a free port. Raises TransportError when it cannot."""
+
+    def dealer(self, endpoint: str, handler: DealerHandler) -> DealerSocket:
+        """Connect, now or as soon as the peer is there, with a fresh routing id."""
+
+    def close(self) -> None: ...
+
+
+class TransportError(StartError):
+    """A socket could not be bound or connected; the message names the endpoint."""

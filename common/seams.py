@@ -1,0 +1,103 @@
+"""The seams between kvbaton and the world: time, chance, memory and processes of the host.
+
+Services take these (and a Transport, common/net) as arguments and use nothing else of the kind, so
+that the same code runs live, in the simulated cluster and in the planner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Monotonic time in seconds. Timers are the event loop's, which a simulation replaces."""
+
+    def now(self) -> float: ...
+
+
+class Rng(Protocol):
+    """Where ids and seeds come from."""
+
+    def new_id(self) -> str:
+        """128 bits as 32 hexadecimal digits."""
+
+    def new_seed(self) -> int:
+        """A seed for sampling, 0 <= seed < 2**63."""
+
+
+class Disk(Protocol):
+    """Memory shared by the processes of one host, by name."""
+
+    def create_arena(self, path: str, num_bytes: int) -> memoryview:
+        """Reserve and map a new arena; raises ArenaError when there is no room for it."""
+
+    def sweep_arenas(self, folder: str) -> list[str]:
+        """Remove the arenas in `folder` whose owners are dead; returns their paths."""
+
+    def reserve(self, num_bytes: int) -> memoryview:
+        """Private memory, taken page by page as it is touched."""
+
+    def map_into(self, memory: memoryview, offset: int, path: str, most_bytes: int) -> None:
+        """Replace a part of what `reserve` gave by the first `most_bytes` of an arena, or all of
+        it. Raises ArenaError if it cannot be mapped."""
+
+    def remove_arena(self, path: str) -> None:
+        """Remove the name. Mappings stay valid. Removing what is not there is no error."""
+
+
+class Processes(Protocol):
+    """The life of other processes on this host."""
+
+    def on_exit(self, pid: int, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` once the process has ended, soon if it has already; returns a way to stop
+        watching. A process that cannot be watched counts as running."""
+
+
+class LiveClock:
+    """time.monotonic: uvloop's own time has a resolution of a millisecond only."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class LiveRng:
+    """The operating system's randomness."""
+
+    def new_id(self) -> str:
+        return secrets.token_hex(16)
+
+    def new_seed(self) -> int:
+        return secrets.randbits(63)
+
+
+class LiveProcesses:
+    """pidfds: they stay with the process they were opened for, whoever gets its number later."""
+
+    def on_exit(self, pid: int, callback: Callable[[], None]) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return loop.call_soon(callback).cancel
+        except OSError:  # no permission, or a kernel before 5.3
+            return lambda: None
+        closed = False
+
+        def stop() -> None:
+            nonlocal closed
+            if not closed:
+                closed = True
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
+
+        def ended() -> None:
+            stop()
+            callback()
+
+        loop.add_reader(descriptor, ended)
+        return stop

@@ -1,0 +1,151 @@
+"""What every service shares: its seams, its tasks, and its life from start to drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from common.config import StartError
+from common.kv.arena import LiveDisk
+from common.log import configure_logging
+from common.net.transport import Transport
+from common.net.zmq_transport import ZmqTransport
+from common.seams import Clock, Disk, LiveClock, LiveProcesses, LiveRng, Processes, Rng
+
+log = structlog.get_logger()
+
+DRAIN_TIMEOUT_S = 3.5  # honcho kills after 5 s
+EXIT_MISCONFIGURED = os.EX_CONFIG  # starting again would end alike
+
+
+@dataclass(frozen=True, slots=True)
+class Seams:
+    """Everything a service uses of the world outside it."""
+
+    transport: Transport
+    clock: Clock
+    rng: Rng
+    disk: Disk
+    processes: Processes
+    host_id: str  # processes with equal ids can share memory
+    pid: int
+
+
+class Tasks:
+    """Owned tasks: each failure is seen, and all are cancelled and awaited at the end.
+
+    An unexpected exception is logged and passed to `on_failure`: a service that has lost one of its
+    loops must not look alive.
+    """
+
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._on_failure = on_failure
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run a coroutine as a task of this service."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            log.error("task_failed", task=task.get_name(), exc_info=error)
+            self._on_failure(error)
+
+    async def close(self) -> None:
+        """Cancel every task and wait until all have ended."""
+        current = asyncio.current_task()
+        while waiting := [task for task in self._tasks if task is not current]:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class Service(Protocol):
+    """A process's main object."""
+
+    failed: asyncio.Future[BaseException]
+
+    async def start(self) -> None:
+        """Bind, connect, load; returns when the service can work."""
+
+    async def drain(self) -> None:
+        """Take no new work, finish or give up what is held."""
+
+    async def close(self) -> None:
+        """Release every resource. Called once, also after a failed start."""
+
+
+async def run_service(service: Service) -> int:
+    """Start, serve until SIGTERM, SIGINT or a failure, drain, close. Returns the exit status."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[str] = loop.create_future()
+
+    def on_signal(name: str) -> None:
+        if stop.done():
+            log.warning("second_signal", signal=name)
+            os._exit(1)
+        stop.set_result(name)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, on_signal, signum.name)
+    try:
+        starting = asyncio.ensure_future(service.start())
+        await first_of(starting, stop)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        starting.result()
+        await first_of(stop, service.failed)
+        if service.failed.done():
+            log.error("service_failed", reason=str(service.failed.result()))
+            return 1
+        log.info("draining", signal=stop.result())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.drain(), DRAIN_TIMEOUT_S)
+        return 0
+    finally:
+        await service.close()
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of them is done."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def serve(name: str, log_level: str, make_service: Callable[[Seams], Service]) -> int:
+    """The whole life of a service's process. Returns the exit status."""
+    configure_logging(log_level, name)
+    seams = live_seams()
+    try:
+        return await run_service(make_service(seams))
+    except StartError as error:
+        log.error("cannot_start", reason=str(error))
+        return EXIT_MISCONFIGURED
+    finally:
+        seams.transport.close()
+
+
+def live_seams() -> Seams:
+    """The real world. A host is named by its boot and its process namespace: containers of one
+    machine share neither process ids nor, as a rule, /dev/shm."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    host_id = f"{boot_id}/{Path('/proc/self/ns/pid').readlink()}"
+    return Seams(
+        ZmqTransport(), LiveClock(), LiveRng(), LiveDisk(), LiveProcesses(), host_id, os.getpid()
+    )

@@ -1,0 +1,156 @@
+"""What a client and a gateway can say to each other. docs/protocol.md is normative.
+
+Frames: a client's DEALER sends [message], the gateway's ROUTER answers [message] on the same
+connection; a message is one MessagePack map whose `type` names one of the structs below.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvbaton.codec import Decoder
+from kvbaton.sampling import SamplingParams
+
+PROTOCOL_VERSION = 1
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_DEADLINE_MS = 2**31 - 1
+MAX_REQUESTS_IN_FLIGHT = 1024  # of one connection
+PING_INTERVAL_S = 5.0
+CLIENT_TIMEOUT_S = 30.0  # a gateway forgets a client that was silent for so long
+
+
+class _Message(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True, tag_field="type"):
+    """A message; unknown keys are ignored, so that a newer peer may add fields."""
+
+
+class ChatMessage(msgspec.Struct, kw_only=True, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """The first message of every connection, client to gateway."""
+
+    protocol_version: int
+    client: str = ""
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """The gateway's answer to hello. `instance_id` changes when the gateway restarts."""
+
+    protocol_version: int
+    instance_id: str
+    model: str
+    max_model_len: int | None = None
+
+
+class Generate(_Message, frozen=True, tag="generate"):
+    """Ask for tokens. `id` is the client's own number, unique among its requests in flight.
+
+    Exactly one of `text`, `token_ids` and `messages` is given.
+    """
+
+    id: int
+    text: str | None = None
+    token_ids: list[int] | None = None
+    messages: list[ChatMessage] | None = None
+    model: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    stop: list[str] = []
+    deadline_ms: int | None = None
+
+
+class Cancel(_Message, frozen=True, tag="cancel"):
+    """Stop request `id`. Answered by its `error` with code "cancelled"; unknown ids are ignored."""
+
+    id: int
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    """Asks for a sign of life; a client with requests in flight sends one when all is quiet."""
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    """The answer to ping."""
+
+    instance_id: str
+
+
+class Token(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """One output token. `text` may be empty: a character may need several tokens."""
+
+    index: int
+    token_id: int
+    text: str = ""
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = []
+
+
+class Tokens(_Message, frozen=True, tag="tokens"):
+    """The next tokens of request `id`, in order of index, without gaps."""
+
+    id: int
+    tokens: list[Token]
+
+
+class Usage(msgspec.Struct, kw_only=True, frozen=True):
+    """Token counts of a finished request."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+
+
+class Timings(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Where a request's time went, in milliseconds since the gateway received it."""
+
+    placed_ms: float = 0.0
+    prefilled_ms: float = 0.0
+    handed_over_ms: float = 0.0
+    first_token_ms: float = 0.0
+    finished_ms: float = 0.0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    num_attempts: int = 1
+
+
+class Done(_Message, frozen=True, tag="done"):
+    """Request `id` finished. finish_reason: "stop" or "length"."""
+
+    id: int
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+
+
+class Error(_Message, frozen=True, tag="error"):
+    """Request `id` failed, or, without an id, a message was refused that names no request.
+
+    Codes are those of kvbaton.errors, and "hello_required": say hello, then repeat.
+    """
+
+    code: str
+    message: str
+    id: int | None = None
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+HELLO_REQUIRED = "hello_required"
+
+ClientMessage = Hello | Generate | Cancel | Ping
+GatewayMessage = Welcome | Tokens | Done | Error | Pong
+
+
+def client_message_decoder() -> Decoder[ClientMessage]:
+    """Decodes what clients send; bounded by MAX_REQUEST_BYTES."""
+    return Decoder(ClientMessage, MAX_REQUEST_BYTES)
+
+
+def gateway_message_decoder() -> Decoder[GatewayMessage]:
+    """Decodes what gateways send."""
+    return Decoder(GatewayMessage)

@@ -1,0 +1,105 @@
+"""ZeroMQ sockets driven by the event loop through their file descriptor.
+
+ZeroMQ signals readiness by edge: after the descriptor fires, and after every send, the socket must
+be asked again, or a message can lie unread. Reading stops after a batch to let others run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import zmq
+
+HIGH_WATER_MARK = 10_000  # messages a pipe holds
+READ_BATCH = 64
+MAX_FRAME_BYTES = 256 * 1024 * 1024  # ZeroMQ hangs up on a peer that sends more
+COPY_BELOW_BYTES = 64 * 1024  # zero-copy pays for large frames only
+
+
+class EventSocket:
+    """One socket: what arrives goes to `on_frames`, sends never wait.
+
+    Configure `raw`, then `connect`, or bind it and `start`. Belongs to the loop that made it.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        on_frames: Callable[[list[memoryview]], None],
+        *,
+        linger_ms: int,
+    ) -> None:
+        self.raw = context.socket(kind)
+        self.raw.setsockopt(zmq.LINGER, linger_ms)
+        self.raw.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self.raw.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self.raw.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self.raw.setsockopt(zmq.IPV6, 1)
+        self._on_frames = on_frames
+        self._loop = asyncio.get_running_loop()
+        self._pending: asyncio.Handle | None = None
+        self._descriptor: int | None = None
+
+    def connect(self, endpoint: str) -> None:
+        """Connect, again and again when the peer is away, and start. Raises zmq.ZMQError."""
+        self.raw.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self.raw.connect(endpoint)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._descriptor = self.raw.fileno()
+        self._loop.add_reader(self._descriptor, self._read)
+        self._schedule()
+
+    def send(self, frames: Sequence[bytes | memoryview]) -> bool:
+        """Queue a message. False if the peer is gone, its queue full, or the socket closed."""
+        if self.raw.closed:
+            return False
+        is_small = all(len(frame) < COPY_BELOW_BYTES for frame in frames)
+        try:
+            self.raw.send_multipart(frames, zmq.NOBLOCK, copy=is_small)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
+        if cast(int, self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._schedule()
+        return True
+
+    def close(self) -> None:
+        """Idempotent. Last words have `linger_ms` to leave, which the context waits for."""
+        if self.raw.closed:
+            return
+        if self._pending is not None:
+            self._pending.cancel()
+        if self._descriptor is not None:
+            self._loop.remove_reader(self._descriptor)
+        self.raw.close()
+
+    def _schedule(self) -> None:
+        if self._pending is None:
+            self._pending = self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        for _ in range(READ_BATCH):
+            if self.raw.closed:
+                return
+            try:
+                frames = self.raw.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._on_frames([frame.buffer for frame in frames])
+            except BaseException:
+                self._schedule()  # no further edge would tell of what is left
+                raise
+        if not self.raw.closed:
+            self._schedule()

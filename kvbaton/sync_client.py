@@ -1,0 +1,153 @@
+"""The client for programs without an event loop: it runs one on a thread of its own.
+
+with Client("tcp://127.0.0.1:5555") as client:
+    for token in client.generate("def f(", max_tokens=32):
+        print(token.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, Self, TypeVar, Unpack
+
+from kvbaton.client import CONNECT_TIMEOUT_S, DEFAULT_ENDPOINT
+from kvbaton.connection import Gateway
+from kvbaton.errors import ConnectionLostError
+from kvbaton.generation import GenerationBase
+from kvbaton.protocol import PING_INTERVAL_S, Token, Welcome
+from kvbaton.request import RequestOptions, encode_request
+from kvbaton.session import Event
+
+T = TypeVar("T")
+
+
+class _GatewayThread:
+    """An event loop on a daemon thread, and the gateway that lives on it."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._is_stopped = False
+        self._lock = threading.Lock()  # nothing is handed to the loop once it was told to stop
+        is_running = threading.Event()
+        self._thread = threading.Thread(
+            target=asyncio.run, args=(self._main(is_running),), name="kvbaton-client", daemon=True
+        )
+        self._thread.start()
+        is_running.wait()
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Run `call` on the loop. Raises ConnectionLostError after `stop`."""
+        with self._open():
+            self.loop.call_soon_threadsafe(call)
+
+    def result(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What a coroutine on the loop returns. Raises ConnectionLostError after `stop`."""
+        with self._open():
+            future = asyncio.run_coroutine_threadsafe(call(), self.loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise ConnectionLostError("the client was closed") from error
+
+    def stop(self) -> None:
+        """Close the gateway and end the thread. Idempotent; the garbage collector may call it."""
+        with self._lock:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self.loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            if self._is_stopped:
+                raise ConnectionLostError("the client was closed")
+            yield
+
+    async def _main(self, is_running: threading.Event) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        is_running.set()
+        await self._stop.wait()
+        self.gateway.close()
+
+
+class Generation(GenerationBase):
+    """The tokens of one request, as an iterator for one thread."""
+
+    def __init__(self, client: Client, thread: _GatewayThread, request_id: int, raw: bytes) -> None:
+        super().__init__(thread.loop, partial(thread.gateway.cancel, request_id))
+        self._client = client  # who only keeps this keeps the client from being closed
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        thread.call_soon(partial(thread.gateway.start, request_id, raw, self._events.put))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Token:
+        while (token := self._next_token()) is None:
+            if self._has_ended:
+                raise StopIteration
+            try:
+                event = self._events.get()
+            except KeyboardInterrupt:
+                self.cancel()
+                raise
+            self._take(event)
+        return token
+
+
+class Client:
+    """As AsyncClient, for plain threads, several at once. Closed at exit if the program forgot."""
+
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        ping_interval_s: float = PING_INTERVAL_S,
+    ) -> None:
+        self._thread = _GatewayThread(
+            Gateway(endpoint, connect_timeout_s=connect_timeout_s, ping_interval_s=ping_interval_s)
+        )
+        self._request_ids = itertools.count(1)
+        self._close = weakref.finalize(self, self._thread.stop)
+
+    def connect(self) -> Welcome:
+        """Connect now, and learn which model is served.
+
+        Raises ConnectionLostError without a welcome in time, ProtocolError if it is refused.
+        """
+        return self._thread.result(self._thread.gateway.connect)
+
+    def generate(self, text: str | None = None, **options: Unpack[RequestOptions]) -> Generation:
+        """Start a request; iterate over what is returned. See AsyncClient.generate."""
+        request_id = next(self._request_ids)
+        raw = encode_request(request_id, text, options)
+        return Generation(self, self._thread, request_id, raw)
+
+    def close(self) -> None:
+        """Cancel what is in flight and close the connection. Idempotent."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
