@@ -1,0 +1,101 @@
+"""An engine without arithmetic: it sleeps, and its tokens tell whether it saw the right KV.
+
+The KV of a position is a number made of its token and its place, repeated over all its bytes; the
+next token is a function of the sum over all positions, read back from the arena. A block that is
+wrong, stale or missing therefore changes the output. `mock_token` says what is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.engine.work import ModelInfo, Sampled, Work
+from common.kv.layout import KvLayout
+
+MOCK_LAYOUT = KvLayout(num_layers=1, num_kv_heads=2, head_dim=64, block_size=16, dtype="uint8")
+MOCK_VOCAB_SIZE = 2048
+_FIRST_TOKEN = 5  # below are the special tokens of the demo model's tokenizer
+_WORDS = MOCK_LAYOUT.block_bytes // MOCK_LAYOUT.block_size // 8  # of 64 bits, a position
+
+UInt64Array = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+
+
+def _mix(values: UInt64Array) -> UInt64Array:
+    """splitmix64's finaliser (Steele et al., 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _kv(tokens: Sequence[int], start: int) -> UInt64Array:
+    """The KV word of each position from `start` on."""
+    positions = np.arange(start, start + len(tokens), dtype=np.uint64)
+    return _mix((positions << np.uint64(32)) + np.asarray(tokens, dtype=np.uint64))
+
+
+def _token(total: int) -> int:
+    mixed = int(_mix(np.array([total % 2**64], dtype=np.uint64))[0])
+    return _FIRST_TOKEN + mixed % (MOCK_VOCAB_SIZE - _FIRST_TOKEN)
+
+
+def mock_token(tokens: Sequence[int]) -> int:
+    """The token that follows `tokens`."""
+    return _token(int(_kv(tokens, 0).sum(dtype=np.uint64)) * _WORDS)
+
+
+def mock_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The next `num_tokens` tokens after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(mock_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class MockEngine:
+    """Implements work.Engine. A step takes `step_s` plus `token_s` for each token computed."""
+
+    def __init__(self, step_s: float, token_s: float, max_model_len: int = 32768) -> None:
+        self.info = ModelInfo(
+            fingerprint="mock",
+            max_model_len=max_model_len,
+            vocab_size=MOCK_VOCAB_SIZE,
+            eos_token_ids=(),
+            layout=MOCK_LAYOUT,
+        )
+        self._step_s = step_s
+        self._token_s = token_s
+        self._kv: UInt64Array | None = None
+
+    def attach(self, arena: memoryview) -> None:
+        words = np.frombuffer(arena, dtype=np.uint64)
+        self._kv = words.reshape(-1, MOCK_LAYOUT.block_size, _WORDS)
+
+    async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
+        """Writes at the end of the step, as late as a real engine might."""
+        await asyncio.sleep(self._step_s + self._token_s * sum(work.num_tokens for work in works))
+        for work in works:
+            self._write(work)
+        return [Sampled(self._read(work), 0.0) if work.sample else None for work in works]
+
+    def close(self) -> None:
+        self._kv = None
+
+    def _write(self, work: Work) -> None:
+        assert self._kv is not None
+        end = work.start + work.num_tokens
+        positions = np.arange(work.start, end)
+        slots = np.asarray(work.slots)[positions // MOCK_LAYOUT.block_size]
+        words = _kv(work.tokens[work.start : end], work.start)
+        self._kv[slots, positions % MOCK_LAYOUT.block_size] = words[:, None]
+
+    def _read(self, work: Work) -> int:
+        assert self._kv is not None
+        length = work.start + work.num_tokens
+        full, rest = divmod(length, MOCK_LAYOUT.block_size)
+        total = int(self._kv[work.slots[:full]].sum(dtype=np.uint64))
+        if rest:
+            total += int(self._kv[work.slots[full], :rest].sum(dtype=np.uint64))
+        return _token(total)

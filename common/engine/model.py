@@ -1,0 +1,168 @@
+"""One decoder-only transformer for all supported families, over one flattened axis of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.engine.attention.base import AttentionBackend
+from common.engine.config import ModelConfig
+from common.engine.invariance import agreeing_row_counts, tile_rows
+from common.engine.kv_cache import KvCache
+from common.engine.layers import Layers, Placement
+from common.engine.linear import MIN_ROWS, Linear
+from common.engine.rotary import rotary_tables
+from common.engine.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """Rows of a step; all int64. Rows from num_tokens on are padding and leave no trace.
+
+    tokens and positions are [rows]; slots and offsets, [num_tokens], say where the KV of each token
+    goes; sample_rows lists the rows whose next token is wanted.
+    """
+
+    num_tokens: int
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    offsets: Tensor
+    sample_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Model:
+    """Weights and the forward pass. Computes in `dtype`, rounding where transformers does."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        max_model_len: int,
+        layers: Layers,
+        *,
+        batch_invariant: bool,
+    ) -> None:
+        self.config = config
+        self._ops = layers
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
+        self._norm = checkpoint.tensor("model.norm.weight", dtype)
+        tied = config.tie_word_embeddings
+        self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
+        self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
+        self._layers = [
+            _load_layer(config, checkpoint, index, dtype) for index in range(config.num_layers)
+        ]
+        self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()
+
+    def linears(self) -> Iterator[Linear]:
+        """Every matrix product of a step, in order."""
+        for layer in self._layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self._head
+
+    def tiles(self, count: int) -> list[int]:
+        """Sizes of the row tiles to compute for `count` rows; together at least `count`."""
+        return tile_rows(count, self._row_counts) if self._row_counts else [max(count, MIN_ROWS)]
+
+    def forward(self, step: StepInput, cache: KvCache, attention: AttentionBackend) -> Tensor:
+        """Logits of the sampled rows, [len(sample_rows), vocab_size] in fp32.
+
+        Writes the KV of the step's tokens. `attention` has been given the batch by plan().
+        """
+        config, count = self.config, step.num_tokens
+        tiles = self.tiles(count)
+        x = functional.embedding(step.tokens, self._embedding)
+        placement = Placement(
+            count, self._cos[step.positions], self._sin[step.positions], step.slots, step.offsets
+        )
+        attended = x.new_zeros(len(x), config.num_heads, config.head_dim)
+        for index, layer in enumerate(self._layers):
+            qkv = _by_tile(tiles, self._project, layer, x).view(len(x), -1, config.head_dim)
+            self._ops.place(qkv, layer.qk_norm, placement, cache, index)
+            attention.attend(index, qkv[:, : config.num_heads], cache, attended)
+            x = _by_tile(tiles, self._combine, layer, x, attended)
+        return self._logits(x, step.sample_rows)
+
+    def _project(self, layer: _Layer, x: Tensor) -> Tensor:
+        """Queries, keys and values, [rows, (num_heads + 2 * num_kv_heads) * head_dim]."""
+        return layer.qkv(self._ops.rms_norm(x, layer.input_norm))
+
+    def _combine(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream after attention's output and the feed-forward part."""
+        x = x + layer.output(attended.view(len(x), -1))
+        normed = self._ops.rms_norm(x, layer.post_norm)
+        return x.add_(layer.down(self._ops.swiglu(layer.gate_up(normed))))
+
+    def _logits(self, x: Tensor, sample_rows: Tensor) -> Tensor:
+        count = len(sample_rows)
+        if count == 0:
+            return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        tiles = self.tiles(count)
+        x = functional.pad(x[sample_rows], (0, 0, 0, sum(tiles) - count))
+        return _by_tile(tiles, self._unembed, x)[:count].float()
+
+    def _unembed(self, x: Tensor) -> Tensor:
+        return self._head(self._ops.rms_norm(x, self._norm))
+
+
+def _by_tile(tiles: list[int], part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """part(*inputs) with the tensors among them cut into row tiles, the results put together."""
+    if len(tiles) == 1:
+        return part(*inputs)
+    cut = [
+        torch.split(item, tiles) if isinstance(item, Tensor) else [item] * len(tiles)
+        for item in inputs
+    ]
+    return torch.cat([part(*tile) for tile in zip(*cut, strict=True)])
+
+
+def _load_layer(
+    config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype
+) -> _Layer:
+    prefix = f"model.layers.{index}."
+
+    def tensor(name: str) -> Tensor:
+        return checkpoint.tensor(prefix + name, dtype)
+
+    def linear(names: tuple[str, ...], bias: bool) -> Linear:
+        """Matrices that share their input, stacked into one."""
+        weight = torch.cat([tensor(f"{name}.weight") for name in names])
+        return Linear(
+            weight, torch.cat([tensor(f"{name}.bias") for name in names]) if bias else None
+        )
+
+    qk_norm = None
+    if config.qk_norm:
+        qk_norm = torch.cat(
+            [
+                tensor("self_attn.q_norm.weight").expand(config.num_heads, -1),
+                tensor("self_attn.k_norm.weight").expand(config.num_kv_heads, -1),
+            ]
+        )
+    return _Layer(
+        input_norm=tensor("input_layernorm.weight"),
+        qkv=linear(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        qk_norm=qk_norm,
+        output=linear(("self_attn.o_proj",), config.output_bias),
+        post_norm=tensor("post_attention_layernorm.weight"),
+        gate_up=linear(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
+        down=linear(("mlp.down_proj",), config.mlp_bias),
+    )

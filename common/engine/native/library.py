@@ -1,0 +1,101 @@
+"""Compiles the C++ of this folder once per machine and loads it by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
+_HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
+# tune: the compiler's notes on one processor cost a third of the speed on another like it
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC")
+_COMPILE_SECONDS = 120
+
+
+@functools.cache
+def load_library(threaded: bool) -> ctypes.CDLL | None:
+    """The compiled kernels, or None (and one line in the log) where they cannot be had.
+
+    Only with `threaded` do they use OpenMP, and then torch's threads, if torch's runtime is the
+    system's: torch is loaded first, and both go by one name.
+    """
+    compiler = shutil.which("g++") or shutil.which("c++")
+    try:
+        if compiler is None:
+            raise FileNotFoundError("there is no C++ compiler (g++)")
+        return compile_library(compiler, threaded=threaded)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("native_kernels_unavailable", reason=reason, using="torch, slower at decode")
+        return None
+
+
+def compile_library(
+    compiler: str, *, threaded: bool = False, flags: tuple[str, ...] = ()
+) -> ctypes.CDLL:
+    """Compile unless it was; several processes may do so at once, and the last rename wins.
+
+    `flags` come after the usual ones. Raises OSError, RuntimeError or SubprocessError where it
+    cannot be compiled, kept or loaded.
+    """
+    folder = _cache_folder()
+    flags = _FLAGS + flags
+    path = folder / f"native-{_key(compiler, flags)}{'.threaded' if threaded else ''}.so"
+    if not path.exists():
+        descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(descriptor)
+        try:
+            threading = ("-fopenmp",) if threaded else ()
+            command = [compiler, *flags, *threading, "-o", made, *map(str, _SOURCES)]
+            subprocess.run(  # noqa: S603 - the system's compiler on our own source
+                command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+            )
+            Path(made).replace(path)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    return ctypes.CDLL(str(path))
+
+
+def build_name(library: ctypes.CDLL) -> str:
+    """Equal for libraries that give the same bits: threads do not change a row's."""
+    return Path(library._name).name.split(".")[0]
+
+
+def _cache_folder() -> Path:
+    """kvbaton below $XDG_CACHE_HOME or ~/.cache. What lies there is executed: it must be ours."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "kvbaton"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} must belong to this user and be writable by nobody else")
+    return folder
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    """Changes with the source, the flags, the compiler and the processor (-march=native)."""
+    digest = hashlib.sha256()
+    for path in (*_SOURCES, *_HEADERS):
+        digest.update(path.name.encode() + path.read_bytes())
+    version = subprocess.run(  # noqa: S603 - the system's compiler
+        [compiler, "--version"], check=True, capture_output=True, timeout=_COMPILE_SECONDS
+    )
+    digest.update(repr((flags, compiler, version.stdout, platform.machine())).encode())
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        lines = processor.read_text(encoding="utf-8").splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part")
+        digest.update(repr(sorted({line for line in lines if line.startswith(wanted)})).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,121 @@
+// Floats in the compiler's vectors: 256 bits with AVX2 (512 were no faster), else 128.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// PER_QUAD repeats four indices for each group of four lanes, counting on.
+#if defined(__AVX2__)
+constexpr int LANES = 8;
+#define PER_QUAD(a, b, c, d) {a, b, c, d, a + 4, b + 4, c + 4, d + 4}
+#else
+constexpr int LANES = 4;
+#define PER_QUAD(a, b, c, d) {a, b, c, d}
+#endif
+constexpr int QUADS = LANES / 4;
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+inline void convert(float x, float* out) { *out = x; }
+inline void convert(BFloat16 x, float* out) { *out = widen(x); }
+inline void convert(BFloat16 x, BFloat16* out) { *out = x; }
+inline void convert(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Vec pick(IntVec mask, Vec yes, Vec no) {
+    return reinterpret_cast<Vec>((mask & reinterpret_cast<IntVec>(yes)) |
+                                 (~mask & reinterpret_cast<IntVec>(no)));
+}
+
+// LANES numbers as floats, and floats rounded to nearest, ties to even; NaN stays NaN.
+inline Vec load(const BFloat16* p) {
+    HalfVec halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return reinterpret_cast<Vec>(__builtin_convertvector(halves, IntVec) << 16);
+}
+inline Vec round_as(const float*, Vec v) { return v; }
+inline Vec round_as(const BFloat16*, Vec v) {
+    const IntVec bits = reinterpret_cast<IntVec>(v);
+    const IntVec up = (bits + 0x7fff + ((bits >> 16) & 1)) & int32_t(0xffff0000);
+    return pick(v == v, reinterpret_cast<Vec>(up), reinterpret_cast<Vec>(IntVec{} + 0x7fc00000));
+}
+inline void store(BFloat16* p, Vec v) {
+    const IntVec bits = reinterpret_cast<IntVec>(round_as(p, v)) >> 16;
+    const HalfVec halves = __builtin_convertvector(bits, HalfVec);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+// Lane 4L + i of the result is the sum of the four lanes 4L .. 4L + 3 of the i-th argument.
+inline Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
+    const IntVec low = PER_QUAD(0, LANES, 1, LANES + 1);
+    const IntVec high = PER_QUAD(2, LANES + 2, 3, LANES + 3);
+    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    const IntVec even = PER_QUAD(0, 1, LANES, LANES + 1);
+    const IntVec odd = PER_QUAD(2, 3, LANES + 2, LANES + 3);
+    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+}
+
+// Lane 4g + i of the result is the sum over L of lanes 4L + i of v[g], for g < QUADS.
+inline Vec sum_lanes(const Vec* v) {
+#if defined(__AVX2__)
+    const IntVec low = {0, 1, 2, 3, 8, 9, 10, 11};
+    const IntVec high = {4, 5, 6, 7, 12, 13, 14, 15};
+    return __builtin_shuffle(v[0], v[1], low) + __builtin_shuffle(v[0], v[1], high);
+#else
+    return v[0];
+#endif
+}
+
+inline float sum_all(Vec v) {
+    Vec quads[QUADS];
+    for (Vec& quad : quads) quad = sum_quads(v, v, v, v);
+    return sum_lanes(quads)[0];
+}
+
+inline float max_all(Vec v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+// 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes
+// exp2f). Below -126 the result is the smallest normal number, which nothing here can see. NaN stays
+// NaN, whatever its payload.
+inline Vec exp2_negative(Vec exact) {
+    const Vec x = pick(exact < -126.0f, splat(-126.0f), exact);
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    Vec y = splat(1.535336188319500e-4f);
+    y = y * f + 1.339887440266574e-3f;
+    y = y * f + 9.618437357674640e-3f;
+    y = y * f + 5.550332471162809e-2f;
+    y = y * f + 2.402264791363012e-1f;
+    y = y * f + 6.931472028550421e-1f;
+    y = y * f + 1.0f;
+    const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
+    return pick(exact == exact, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + exponent), exact);
+}

@@ -1,0 +1,189 @@
+"""The engine that workers run: a model in torch, over the KV arena, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.engine.attention import make_backend, make_layers
+from common.engine.attention.base import AttentionBackend, AttentionShape, Batch
+from common.engine.config import ModelConfig, ModelError, load_config
+from common.engine.kv_cache import TORCH_DTYPES, KvCache
+from common.engine.model import Model, StepInput
+from common.engine.sampler import sample
+from common.engine.weights import Checkpoint, fingerprint
+from common.engine.work import ModelInfo, Sampled, Work
+from common.kv.layout import KvLayout
+
+_BLOCK_SIZE = 16
+
+
+class TorchEngine:
+    """Implements work.Engine. step computes on the engine's thread, step_sync on the caller's."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: str = "auto",
+        threads: int = 1,
+        batch_invariant: bool = False,
+        block_size: int | None = None,
+        max_model_len: int | None = None,
+        device: str = "auto",
+        attention: str = "auto",
+    ) -> None:
+        """Load the model of a Hugging Face folder.
+
+        `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
+        `device` is cpu (auto too): the pool of KV in GPU memory is still to come. `attention` is
+        one of attention.BACKENDS. Raises ModelError for a folder or settings that cannot be served.
+        """
+        _check_settings(device, attention, threads, block_size)
+        torch.set_num_threads(threads)
+        config = load_config(model_dir)
+        length = config.max_position_embeddings if max_model_len is None else max_model_len
+        if not 1 <= length <= config.max_position_embeddings:
+            raise ModelError(
+                f"{model_dir}: max_model_len must be from 1 to the model's max_position_embeddings "
+                f"{config.max_position_embeddings}, got {length}"
+            )
+        layout = KvLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=_BLOCK_SIZE if block_size is None else block_size,
+            dtype=_dtype(dtype, config),
+        )
+        checkpoint = Checkpoint(model_dir, config)
+        shape = AttentionShape(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            layout.block_size,
+            config.windows,
+        )
+        self._attention = make_backend(attention, shape, fixed_order=batch_invariant)
+        arithmetic = _arithmetic(self._attention) if batch_invariant else ""
+        self.info = ModelInfo(
+            fingerprint=fingerprint(model_dir, checkpoint.entries, layout, arithmetic),
+            max_model_len=length,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            layout=layout,
+        )
+        self.model = Model(
+            config,
+            checkpoint,
+            TORCH_DTYPES[layout.dtype],
+            length,
+            make_layers(attention, config.rms_norm_eps, fixed_order=batch_invariant),
+            batch_invariant=batch_invariant,
+        )
+        self._cache: KvCache | None = None
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="engine", initializer=torch.set_num_threads, initargs=(threads,)
+        )
+
+    def attach(self, arena: memoryview) -> None:
+        """Use `arena` as the KV memory, in place. Raises ValueError unless it is whole blocks."""
+        self._cache = KvCache(self.info.layout, arena)
+
+    async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
+        """step_sync on the engine's thread; one step at a time, exceptions come back here."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.step_sync, works)
+
+    def step_sync(self, works: Sequence[Work]) -> list[Sampled | None]:
+        """Run one step: see work.Engine. Raises sampler.NumericalError on logits that are NaN."""
+        if not works:
+            return []
+        logits = self._logits(works)
+        sampled = [work for work in works if work.sample]
+        drawn = iter(sample(logits.numpy(), sampled, self.info.eos_token_ids))
+        return [next(drawn) if work.sample else None for work in works]
+
+    def close(self) -> None:
+        """Wait for the step that runs, stop the thread and let go of the arena."""
+        self._thread.shutdown()
+        self._cache = None
+
+    def _logits(self, works: Sequence[Work]) -> torch.Tensor:
+        """Write the works' KV; fp32 logits [works with sample, vocab_size]."""
+        assert self._cache is not None, "attach an arena first"
+        with torch.inference_mode():
+            step, batch = self._prepare(works, self._cache.num_blocks)
+            self._attention.plan(batch)
+            return self.model.forward(step, self._cache, self._attention)
+
+    def _prepare(self, works: Sequence[Work], num_blocks: int) -> tuple[StepInput, Batch]:
+        """Index tensors of a step, built over all works at once."""
+        size = self.info.layout.block_size
+        counts = np.array([work.num_tokens for work in works])
+        starts = np.array([work.start for work in works])
+        ends = starts + counts
+        used = -(-ends // size)
+        self._check(works, ends, used)
+        row_starts = np.concatenate(([0], np.cumsum(counts)))
+        tables = np.zeros((len(works), int(used.max())), dtype=np.int32)
+        for row, work, blocks in zip(tables, works, used, strict=True):
+            row[:blocks] = work.slots[:blocks]
+        assert tables.min() >= 0
+        assert tables.max() < num_blocks
+        total = int(row_starts[-1])
+        rows = sum(self.model.tiles(total))
+        tokens = np.zeros(rows, dtype=np.int64)
+        for begin, work in zip(row_starts, works, strict=False):
+            end = work.start + work.num_tokens
+            tokens[begin : begin + work.num_tokens] = work.tokens[work.start : end]
+        owners = np.repeat(np.arange(len(works)), counts)
+        positions = np.zeros(rows, dtype=np.int64)
+        positions[:total] = np.arange(total) + (starts - row_starts[:-1])[owners]
+        blocks = tables[owners, positions[:total] // size].astype(np.int64)
+        last_rows = row_starts[1:][[work.sample for work in works]] - 1
+        step = StepInput(
+            num_tokens=total,
+            tokens=torch.from_numpy(tokens),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(blocks),
+            offsets=torch.from_numpy(positions[:total] % size),
+            sample_rows=torch.from_numpy(last_rows),
+        )
+        return step, Batch(row_starts.astype(np.int32), starts.astype(np.int32), tables)
+
+    def _check(self, works: Sequence[Work], ends: np.ndarray, used: np.ndarray) -> None:
+        """Invariants of the scheduler: a violation is a defect there, not a bad request."""
+        for work, end, blocks in zip(works, ends, used, strict=True):
+            assert work.num_tokens > 0
+            assert 0 <= work.start < end <= min(len(work.tokens), self.info.max_model_len)
+            assert len(work.slots) >= blocks
+            assert not work.sample or end == len(work.tokens)
+
+
+def _check_settings(device: str, attention: str, threads: int, block_size: int | None) -> None:
+    if device not in ("auto", "cpu"):
+        raise ModelError(f"device {device!r} is not supported yet; use cpu")
+    if attention == "xformers":
+        raise ModelError("attention 'xformers' needs device cuda; use auto")
+    if threads < 1:
+        raise ModelError(f"threads must be at least 1, got {threads}")
+    if block_size is not None and block_size < 1:
+        raise ModelError(f"block_size must be at least 1, got {block_size}")
+
+
+def _arithmetic(attention: AttentionBackend) -> str:
+    """Whatever a row's bits depend on in batch-invariant mode: workers must agree on all of it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{attention.name} torch {torch.__version__} {capability}"
+
+
+def _dtype(dtype: str, config: ModelConfig) -> str:
+    if dtype == "auto":
+        return "float32" if config.dtype == "float16" else config.dtype
+    if dtype not in ("bfloat16", "float32"):
+        raise ModelError(f"dtype {dtype!r} is not supported on a CPU; use bfloat16 or float32")
+    return dtype

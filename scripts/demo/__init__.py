@@ -1,0 +1,1 @@
+"""What the demo model is made of: its text, tokenizer, network and exported folder."""
