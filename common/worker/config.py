@@ -1,0 +1,28 @@
+"""Settings of a prefill or decode worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import setting
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Settings of a prefill or decode worker."""
+
+    name: str = setting("worker.1", "name shown to people, e.g. decode.2")
+    model: str = setting("models/demo", "folder of the model")
+    engine: str = setting("torch", "torch, or mock: no arithmetic", choices="torch mock")
+    stores: str = setting("tcp://127.0.0.1:5570", "endpoints of the KV stores, comma-separated")
+    bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
+    mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
+    dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
+    threads: int = setting(1, "compute threads", low=1)
+    batch_invariant: bool = setting(False, "bits of a request never depend on the batch")
+    max_num_seqs: int = setting(64, "sequences held at once", low=1)
+    max_num_batched_tokens: int = setting(512, "tokens computed in one step", low=1)
+    max_waiting: int = setting(1024, "requests that may wait for a place", low=0)
+    mock_step_ms: float = setting(5.0, "mock engine: time of a step", low=0)
+    mock_token_ms: float = setting(0.05, "mock engine: time of a token in a step", low=0)
+    log_level: str = setting("info", "log level", choices="debug info warning error")

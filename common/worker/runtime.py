@@ -1,0 +1,372 @@
+"""The shell around a worker's scheduler: what a prefill and a decode worker have in common.
+
+A service (services/prefill, services/decode) gives its decisions as a `Role`. Here are its sockets
+and the endings of its sequences; steps.py runs the engine, stores.py joins the stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import structlog
+
+from common.engine.work import Engine, Sampled, Work
+from common.messages import (
+    Claim,
+    Dropped,
+    Fill,
+    Granted,
+    Heartbeat,
+    Hello,
+    Load,
+    Member,
+    Message,
+    Ok,
+    OutputToken,
+    OutputTokens,
+    Prefill,
+    Quit,
+    Reserve,
+    StaleError,
+    ToWorker,
+    Welcome,
+    decoder,
+)
+from common.net.server import Server
+from common.service import Seams, Tasks, first_of
+from common.worker.config import WorkerConfig
+from common.worker.publisher import Publisher
+from common.worker.sequence import Sequence
+from common.worker.steps import StepLoop
+from common.worker.store_link import StoreLink
+from common.worker.stores import Stores
+from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
+
+log = structlog.get_logger()
+
+
+class Role(Protocol):
+    """What makes a worker a prefill or a decode worker."""
+
+    def load(self) -> Load:
+        """How busy the worker is."""
+
+    def on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        """A request from a gateway; may raise KvbatonError."""
+
+    def on_store(self, store: StoreLink, message: Message) -> None:
+        """A push from a store."""
+
+    def sequences(self) -> list[Sequence]:
+        """Every sequence held, in any state."""
+
+    def stop(self, sequence: Sequence) -> None:
+        """Plan the sequence no more: it is over. Its blocks may still be in use."""
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence whose blocks nothing uses any more."""
+
+    def plan(self) -> list[tuple[Sequence, Work]]:
+        """The next step; empty when there is nothing to do now."""
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        """What the step brought for one sequence; its `num_computed` is already advanced."""
+
+
+class WorkerRuntime:
+    """One worker process. `failed` is set when it cannot go on."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        role_name: str,
+        seams: Seams,
+        make_engine: Callable[[WorkerConfig], Awaitable[Engine]],
+        make_role: Callable[[WorkerRuntime], Role],
+    ) -> None:
+        self.config = config
+        self.seams = seams
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.tasks = Tasks(self._fail)
+        self.publisher = Publisher(self)
+        self._is_draining = False
+        self._instance_id = seams.rng.new_id()
+        self._role_name = role_name
+        self._make_engine = make_engine
+        self._make_role = make_role
+        self._outputs: dict[bytes, list[OutputToken]] = {}
+        self._engine: Engine | None = None
+        self._server: Server | None = None
+        self._steps: StepLoop | None = None
+        self._stores: Stores | None = None
+
+    # ---- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model, bind, join every store; returns once steps can run."""
+        engine = self._engine = await self._make_engine(self.config)
+        self.info = engine.info
+        self.block_size = self.info.layout.block_size
+        self.role = self._make_role(self)
+        steps = self._steps = StepLoop(engine, self, self.seams.clock)
+        self._server = Server(
+            self.seams.transport,
+            self.config.bind,
+            decoder(ToWorker),
+            accept=lambda _peer, hello: self._accept(hello),
+            handle=lambda peer, message, _bulk: self._on_gateway(peer, message),
+            gone=self._gateway_gone,
+        )
+        stores = self._stores = Stores(
+            self.seams,
+            self.tasks,
+            engine,
+            steps.engine_free,
+            self.config.mover,
+            lost=self._store_lost,
+            failed=self._fail,
+        )
+        stores.join(
+            self.config.stores.split(","),
+            describe=self._describe,
+            load=self.role.load,
+            handle=self.role.on_store,
+        )
+        await first_of(self.tasks.spawn(stores.attached.wait(), "attach"), self.failed)
+        if self.failed.done():
+            raise self.failed.result()
+        self.tasks.spawn(steps.run(), "step-loop")
+        log.info("worker_ready", endpoint=self._server.endpoint, model=self.config.model)
+
+    async def drain(self) -> None:
+        """Leave the cluster: the gateways place what runs here elsewhere."""
+        self._is_draining = True
+        for sequence in self.role.sequences():
+            self.drop(sequence, "unavailable", "the worker is shutting down")
+        assert self._steps is not None
+        assert self._stores is not None
+        async with self._steps.engine_free:  # the running step has ended, none follows
+            self._stores.leave()
+
+    async def close(self) -> None:
+        await self.tasks.close()
+        if self._stores is not None:
+            self._stores.close()
+        if self._server is not None:
+            self._server.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    # ---- stores -------------------------------------------------------------------------------
+
+    def _describe(self, member_id: str) -> Member:
+        assert self._server is not None
+        return Member(
+            member_id=member_id,
+            role=self._role_name,
+            name=self.config.name,
+            host_id=self.seams.host_id,
+            pid=self.seams.pid,
+            endpoint=self._server.endpoint,
+            fingerprint=self.info.fingerprint,
+            model=self.config.model,
+            max_model_len=self.info.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            mover=self.config.mover,
+            layout=self.info.layout,
+        )
+
+    def _store_lost(self, store: StoreLink) -> None:
+        for sequence in self.role.sequences():
+            if sequence.store == store.index:
+                self.drop(sequence, "unavailable", "the KV store restarted")
+
+    @property
+    def stores(self) -> list[StoreLink]:
+        """The link to each store, in the order of the settings."""
+        assert self._stores is not None
+        return self._stores.links
+
+    def store_of(self, sequence: Sequence) -> StoreLink:
+        """The store that holds the sequence's blocks."""
+        return self.stores[sequence.store]
+
+    # ---- gateways -----------------------------------------------------------------------------
+
+    def _accept(self, hello: Hello) -> Welcome:
+        expected = hello.member.fingerprint
+        if expected and expected != self.info.fingerprint:
+            raise ProtocolError(
+                f"this worker serves model {self.info.fingerprint[:12]}, not {expected[:12]}"
+            )
+        return Welcome(instance_id=self._instance_id)
+
+    def _on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        if isinstance(message, Heartbeat):
+            return Ok()
+        if self._is_draining:
+            raise UnavailableError("the worker is shutting down", retry_after_s=1)
+        return self.role.on_gateway(peer, message)
+
+    def _gateway_gone(self, peer: bytes) -> None:
+        """Its requests end when the store tells that the gateway is lost."""
+        self._outputs.pop(peer, None)
+
+    def answer(self, peer: bytes, message: Message) -> None:
+        """Answer a gateway's call later than at once."""
+        assert self._server is not None
+        self._server.send(peer, message)
+
+    def emit(self, sequence: Sequence, sampled: Sampled, finish_reason: str | None) -> None:
+        """Queue the newest token for the gateway; it leaves when the step's are complete."""
+        token = OutputToken(
+            handoff_id=sequence.handoff_id,
+            index=sequence.num_outputs - 1,
+            token_id=sampled.token_id,
+            logprob=sampled.logprob,
+            top_logprobs=list(sampled.top_logprobs),
+            finish_reason=finish_reason,
+        )
+        if sequence.joined_at:
+            token.since_joined_ms = (self.seams.clock.now() - sequence.joined_at) * 1000
+            sequence.joined_at = 0.0
+        self._outputs.setdefault(sequence.gateway, []).append(token)
+
+    # ---- sequences ----------------------------------------------------------------------------
+
+    def new_sequence(self, gateway: bytes, message: Prefill | Reserve) -> Sequence:
+        """The sequence that a gateway asks for. Raises UnprocessableError for a wrong store."""
+        if not 0 <= message.store < len(self.stores):
+            raise UnprocessableError(
+                f"store must be below {len(self.stores)}, got {message.store}", field="store"
+            )
+        return Sequence(
+            handoff_id=message.handoff_id,
+            epoch=message.epoch,
+            store=message.store,
+            incarnation=self.stores[message.store].member_id,
+            gateway=gateway,
+            tokens=message.tokens,
+            num_prompt_tokens=message.num_prompt_tokens,
+            sampling=message.sampling,
+            choice=message.choice,
+            arrived_at=self.seams.clock.now(),
+        )
+
+    async def take_blocks(self, sequence: Sequence, step: Fill | Claim) -> bool:
+        """Ask the store for the sequence's blocks and make those that are final readable here.
+
+        False if the sequence ended over it.
+        """
+        store = self.store_of(sequence)
+        with self.using(sequence):
+            try:
+                table = await store.link.call(step)
+                assert isinstance(table, Granted)
+                sequence.granted(table, self.block_size)
+                readable = table.num_committed if isinstance(step, Fill) else len(table.blocks)
+                missing = [
+                    block for block in table.blocks[:readable] if block not in sequence.pulled
+                ]
+                if not sequence.is_over:
+                    await store.mover.pull(sequence.handoff_id, sequence.epoch, missing)
+            except StaleError:
+                self.abort(sequence)
+            except KvbatonError as error:
+                self.drop(sequence, error.code, error.message)
+        return not sequence.is_over
+
+    def works(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, Work]]:
+        """A scheduler's plan as the engine wants it."""
+        return [
+            (seq, seq.work(num_tokens, self.store_of(seq).slots(seq.blocks)))
+            for seq, num_tokens in plan
+        ]
+
+    # ---- endings ------------------------------------------------------------------------------
+
+    def drop(self, sequence: Sequence, code: str, reason: str) -> None:
+        """Give a sequence up and tell its gateway, which may place it again."""
+        if sequence.is_over:
+            return
+        log.info("sequence_dropped", handoff=sequence.handoff_id, code=code, reason=reason)
+        dropped = Dropped(handoff_id=sequence.handoff_id, code=code, message=reason)
+        self.answer(sequence.gateway, dropped)
+        self.abort(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence; the store learns it when we surely write no more."""
+        self.end(sequence, Quit(handoff_id=sequence.handoff_id, epoch=sequence.epoch))
+
+    def end(self, sequence: Sequence, message: Message) -> None:
+        """The sequence is over; `message` tells the store once nothing uses its blocks."""
+        if sequence.is_over:
+            return
+        sequence.is_over, sequence.ending = True, message
+        self.role.stop(sequence)
+        self._settle(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Something begins to use the sequence's blocks. Each hold needs a release."""
+        sequence.num_uses += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """The other end of `hold`."""
+        sequence.num_uses -= 1
+        self._settle(sequence)
+
+    @contextmanager
+    def using(self, sequence: Sequence) -> Iterator[None]:
+        """Hold the sequence for a while."""
+        self.hold(sequence)
+        try:
+            yield
+        finally:
+            self.release(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        ending = sequence.ending
+        if ending is None or sequence.num_uses:
+            return
+        sequence.ending = None
+        self.role.remove(sequence)
+        store = self.store_of(sequence)
+        if store.member_id == sequence.incarnation:
+            store.link.send(ending)
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    @property
+    def tokens_per_s(self) -> float:
+        """How fast the engine computes; 0 before its first step."""
+        return self._steps.tokens_per_s if self._steps else 0.0
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if self._steps is not None:
+            self._steps.wake.set()
+
+    def plan_step(self) -> list[tuple[Sequence, Work]]:
+        return [] if self._is_draining else self.role.plan()
+
+    def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
+        sequence.num_computed += work.num_tokens
+        self.publisher.publish(self.store_of(sequence), sequence, self.block_size)
+        if sampled is not None:
+            sequence.tokens.append(sampled.token_id)
+        self.role.apply(sequence, sampled)
+
+    def step_ended(self) -> None:
+        if not self._outputs:
+            return
+        load = self.role.load()
+        for peer, tokens in self._outputs.items():
+            self.answer(peer, OutputTokens(tokens=tokens, load=load))
+        self._outputs = {}

@@ -1,0 +1,128 @@
+"""A sequence on a worker: its tokens, its blocks, how far it is computed, when it stops. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.engine.work import ModelInfo, Work
+from common.kv.hashing import block_key
+from common.messages import Granted, Message
+from kvbaton.sampling import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's work on one worker.
+
+    `tokens` is the prompt and the output so far. Positions below `num_computed` have KV in
+    `blocks`; blocks below `num_committed` are final, and the store has been told. It knows the keys
+    of the first `num_known_keys` blocks; `last_key` is the parent of the first that only we know.
+    """
+
+    handoff_id: str
+    epoch: int
+    store: int
+    incarnation: str  # our member id at the store when this began: what it granted is for that one
+    gateway: bytes
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int
+    arrived_at: float
+    joined_at: float = 0.0  # when it could first be planned; 0 once its gateway has been told
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_committed: int = 0
+    num_known_keys: int = 0
+    last_key: bytes = b""
+    pulled: set[int] = field(default_factory=set)  # blocks pulled before the table was known
+    num_uses: int = 0  # steps, moves and calls under way that read or write its blocks
+    is_over: bool = False  # aborted or finished: nothing more is computed for it
+    ending: Message | None = None  # what the store is told once nothing uses it any more
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens still to be computed before the next one can be drawn."""
+        return len(self.tokens) - self.num_computed
+
+    def granted(self, table: Granted, block_size: int) -> None:
+        """Take over the block table the store gave."""
+        self.blocks = table.blocks
+        self.num_committed = table.num_committed
+        self.num_computed = min(table.num_committed * block_size, len(self.tokens) - 1)
+        self.num_known_keys = table.num_keys
+        self.last_key = table.last_key
+
+    def claimed(self, first_token: int) -> None:
+        """Go on from a prompt that prefill computed whole, after the token it drew."""
+        self.num_computed = len(self.tokens)
+        self.tokens.append(first_token)
+
+    def work(self, num_tokens: int, slots: list[int]) -> Work:
+        """The next `num_tokens` positions as the engine wants them."""
+        return Work(
+            tokens=self.tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+            start=self.num_computed,
+            num_tokens=num_tokens,
+            slots=slots,
+            sampling=self.sampling,
+            choice=self.choice,
+            sample=self.num_computed + num_tokens == len(self.tokens),
+        )
+
+    def new_blocks(self, block_size: int) -> tuple[int, list[int], list[bytes]]:
+        """Blocks that became full since the last call: first index, block ids, keys.
+
+        The keys are empty for blocks whose keys the store knows; such a run ends where they end.
+        """
+        first = self.num_committed
+        end = self.num_computed // block_size
+        if first < self.num_known_keys:
+            end = min(end, self.num_known_keys)
+            keys = []
+        else:
+            keys = self._keys(first, end, block_size)
+        self.num_committed = max(first, end)
+        return first, self.blocks[first:end], keys
+
+    def _keys(self, first: int, end: int, block_size: int) -> list[bytes]:
+        keys = []
+        for index in range(first, end):
+            tokens = self.tokens[index * block_size : (index + 1) * block_size]
+            self.last_key = block_key(self.last_key, tokens)
+            keys.append(self.last_key)
+        return keys
+
+    def finish_reason(self, info: ModelInfo) -> str | None:
+        """Why the sequence ends with its last token, or None if it goes on."""
+        token = self.tokens[-1]
+        if token in self.sampling.stop_token_ids:
+            return "stop"
+        if token in info.eos_token_ids and not self.sampling.ignore_eos:
+            return "stop"
+        max_tokens = self.sampling.max_tokens
+        if max_tokens is not None and self.num_outputs >= max_tokens:
+            return "length"
+        if len(self.tokens) >= info.max_model_len:
+            return "length"
+        return None
+
+
+def plan_chunks(waiting: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """Divide a step's token budget among prompts, first come first served.
+
+    Several short prompts share a step; a long one takes what is left of it and goes on in the next.
+    """
+    plan = []
+    for sequence in waiting:
+        if budget <= 0:
+            break
+        num_tokens = min(sequence.num_uncomputed, budget)
+        plan.append((sequence, num_tokens))
+        budget -= num_tokens
+    return plan

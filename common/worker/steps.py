@@ -1,0 +1,92 @@
+"""The step loop: wait for work, plan, run one engine step on the engine's thread, apply."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+import structlog
+
+from common.engine.work import Engine, Sampled, Work
+from common.seams import Clock
+from common.worker.sequence import Sequence
+
+log = structlog.get_logger()
+
+_RATE_SHARE = 0.1  # of the latest step in the running mean of tokens per second
+
+
+class Planner(Protocol):
+    """Whoever decides on steps and takes their results."""
+
+    def plan_step(self) -> list[tuple[Sequence, Work]]:
+        """The next step; empty when there is nothing to do now."""
+
+    def hold(self, sequence: Sequence) -> None:
+        """The step begins to use the sequence's blocks."""
+
+    def release(self, sequence: Sequence) -> None:
+        """The step's result is applied."""
+
+    def drop(self, sequence: Sequence, code: str, reason: str) -> None:
+        """The engine failed on this sequence."""
+
+    def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
+        """What the step brought for a sequence that is not over."""
+
+    def step_ended(self) -> None:
+        """All results of the step are applied."""
+
+
+class StepLoop:
+    """Runs an engine for a planner. `wake` is set when there may be something to do."""
+
+    def __init__(self, engine: Engine, planner: Planner, clock: Clock) -> None:
+        self.wake = asyncio.Event()
+        self.engine_free = asyncio.Lock()  # held while a step runs
+        self.tokens_per_s = 0.0
+        self._engine = engine
+        self._planner = planner
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Never ends."""
+        while True:
+            async with self.engine_free:
+                plan = self._planner.plan_step()
+                if plan:
+                    await self._step(plan)
+            if not plan:
+                await self.wake.wait()
+                self.wake.clear()
+
+    async def _step(self, plan: list[tuple[Sequence, Work]]) -> None:
+        planner = self._planner
+        for sequence, _ in plan:
+            planner.hold(sequence)
+        started_at = self._clock.now()
+        results = await self._compute([work for _, work in plan])
+        self._measure(plan, self._clock.now() - started_at)
+        for (sequence, work), result in zip(plan, results, strict=True):
+            if isinstance(result, Exception):
+                planner.drop(sequence, "internal_error", f"the engine failed: {result}")
+            elif not sequence.is_over:
+                planner.advance(sequence, work, result)
+            planner.release(sequence)
+        planner.step_ended()
+
+    def _measure(self, plan: list[tuple[Sequence, Work]], step_s: float) -> None:
+        rate = sum(work.num_tokens for _, work in plan) / max(step_s, 1e-6)
+        share = _RATE_SHARE if self.tokens_per_s else 1.0
+        self.tokens_per_s += share * (rate - self.tokens_per_s)
+
+    async def _compute(self, works: list[Work]) -> Many[Sampled | Exception | None]:
+        """Run a step. If it fails run each work alone, so that one bad request fails no other."""
+        try:
+            return await self._engine.step(works)
+        except Exception as error:
+            log.exception("step_failed", num_sequences=len(works))
+            if len(works) == 1:
+                return [error]
+        return [(await self._compute([work]))[0] for work in works]

@@ -1,0 +1,201 @@
+"""A worker's connection to one KV store: membership, the arena, leases and block moves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from common.messages import (
+    INTERNAL_VERSION,
+    Commit,
+    FromStore,
+    GiveBack,
+    Heartbeat,
+    Hello,
+    Lease,
+    Leased,
+    Leave,
+    Load,
+    Member,
+    Message,
+    Stopped,
+    Welcome,
+    decoder,
+)
+from common.net.link import Link
+from common.service import Seams, Tasks
+from common.worker.lease import BlockLease
+from common.worker.mover import Mover, ShmMover, ZmqMover
+from common.worker.sequence import Sequence
+from kvbaton.errors import ConnectionLostError, KvbatonError
+
+log = structlog.get_logger()
+
+HEARTBEATS_MISSED = 3
+
+
+class StoreLink:
+    """One store as a worker sees it.
+
+    Each welcome starts a new incarnation: what an earlier one held is lost, `rejoin(self)` is
+    called, and the worker answers with `stopped()` when its running step has ended, then with
+    `ready()`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        endpoint: str,
+        seams: Seams,
+        tasks: Tasks,
+        *,
+        describe: Callable[[str], Member],
+        load: Callable[[], Load],
+        handle: Callable[[StoreLink, Message], None],
+        rejoin: Callable[[StoreLink], None],
+        refused: Callable[[KvbatonError], None],
+    ) -> None:
+        self.index = index
+        self.lease = BlockLease()
+        self.welcome = Welcome(instance_id="")
+        self.member_id = seams.rng.new_id()
+        self.mover: Mover = ShmMover()
+        self.first_slot = 0
+        self._former_ids: list[str] = []
+        self._is_ready = False
+        self._seams = seams
+        self._tasks = tasks
+        self._describe = describe
+        self._load = load
+        self._handle = handle
+        self._rejoin = rejoin
+        self._refused = refused
+        self._data: Link | None = None
+        self.link = Link(
+            seams.transport,
+            endpoint,
+            decoder(FromStore),
+            hello=self._hello,
+            welcomed=self._welcomed,
+            handle=self._handle_push,
+            refused=refused,
+        )
+        tasks.spawn(self._beat(), f"heartbeat-{index}")
+
+    def _handle_push(self, message: Message) -> None:
+        if isinstance(message, Leased):
+            self.give_back(message.blocks)  # too late: the one who asked has given up
+        else:
+            self._handle(self, message)
+
+    # ---- membership ---------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        if self.welcome.instance_id:
+            self._former_ids.append(self.member_id)
+            self.member_id = self._seams.rng.new_id()
+            self._is_ready = False
+        return Hello(internal_version=INTERNAL_VERSION, member=self._describe(self.member_id))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self.welcome = welcome
+        self.lease.clear()
+        self._rejoin(self)
+
+    def stopped(self) -> None:
+        """The last step of earlier incarnations has ended."""
+        for member_id in self._former_ids:
+            self.link.send(Stopped(member_id=member_id))
+        self._former_ids.clear()
+
+    def ready(self, arena: memoryview, first_slot: int, block_bytes: int, *, shared: bool) -> None:
+        """The engine is attached: `arena` is this store's part of its memory."""
+        self.first_slot = first_slot
+        if shared:
+            self.mover = ShmMover()
+        else:
+            if self._data is not None:
+                self._data.close()
+            self._data = self._data_link()
+            self.mover = ZmqMover(self._data, arena, block_bytes)
+        self._is_ready = True
+        self.link.send(Heartbeat(load=self._load(), ready=True))
+
+    def _data_link(self) -> Link:
+        def hello() -> Hello:
+            return Hello(internal_version=INTERNAL_VERSION, member=self._describe(self.member_id))
+
+        return Link(
+            self._seams.transport,
+            self.welcome.data_endpoint,
+            decoder(FromStore),
+            hello=hello,
+            welcomed=lambda _: None,
+            handle=lambda _: None,
+            refused=self._refused,
+        )
+
+    async def _beat(self) -> None:
+        while True:
+            interval_s = self.welcome.heartbeat_s
+            await asyncio.sleep(interval_s)
+            beat = Heartbeat(load=self._load(), ready=self._is_ready)
+            try:
+                await self.link.call(beat, timeout_s=interval_s * HEARTBEATS_MISSED)
+            except ConnectionLostError as error:
+                log.warning("store_silent", store=self.link.endpoint, reason=error.message)
+
+    # ---- blocks -------------------------------------------------------------------------------
+
+    def slots(self, blocks: list[int]) -> list[int]:
+        """Where the blocks lie in the engine's memory."""
+        if not self.first_slot:
+            return blocks
+        return [block + self.first_slot for block in blocks]
+
+    def commits(self, sequence: Sequence, block_size: int) -> list[Commit]:
+        """The commits that have become due. Bytes that move must arrive before they are sent."""
+        due: list[Commit] = []
+        while True:
+            first, blocks, keys = sequence.new_blocks(block_size)
+            if not blocks:
+                return due
+            due.append(
+                Commit(
+                    handoff_id=sequence.handoff_id,
+                    epoch=sequence.epoch,
+                    first_index=first,
+                    blocks=blocks,
+                    keys=keys,
+                )
+            )
+
+    async def refill(self, num_blocks: int) -> None:
+        """Ask for more spare blocks; the caller has marked the lease as asking."""
+        lease, incarnation = self.lease, self.member_id
+        try:
+            leased = await self.link.call(Lease(num_blocks=num_blocks))
+            assert isinstance(leased, Leased)
+            if incarnation == self.member_id:
+                lease.add(leased.blocks)
+                lease.starved = not leased.blocks and not lease
+        except ConnectionLostError:
+            log.warning("lease_lost", store=self.link.endpoint)
+        finally:
+            lease.asking = False
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Return spare blocks."""
+        if blocks:
+            self.link.send(GiveBack(blocks=blocks))
+
+    def leave(self) -> None:
+        """Tell the store that we write no more and go."""
+        self.link.send(Leave())
+
+    def close(self) -> None:
+        self.link.close()
+        if self._data is not None:
+            self._data.close()

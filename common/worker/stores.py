@@ -1,0 +1,117 @@
+"""A worker's stores: joined, watched, and each arena in its place in the engine's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from common.config import StartError
+from common.engine.work import Engine
+from common.messages import Load, Member, Message
+from common.service import Seams, Tasks
+from common.worker.memory import WorkerMemory
+from common.worker.store_link import StoreLink
+from kvbaton.errors import KvbatonError
+
+
+class Stores:
+    """Links to every store. `attached` is set once the engine has its memory.
+
+    `lost(store)` runs when a store has forgotten us: what we held there is gone. `engine_free` is
+    held while a step runs: arenas change places only between steps.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        tasks: Tasks,
+        engine: Engine,
+        engine_free: asyncio.Lock,
+        mover: str,
+        *,
+        lost: Callable[[StoreLink], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.links: list[StoreLink] = []
+        self.attached = asyncio.Event()
+        self._seams = seams
+        self._tasks = tasks
+        self._engine = engine
+        self._engine_free = engine_free
+        self._mover = mover
+        self._lost = lost
+        self._failed = failed
+        self._memory: WorkerMemory | None = None
+
+    def join(
+        self,
+        endpoints: list[str],
+        *,
+        describe: Callable[[str], Member],
+        load: Callable[[], Load],
+        handle: Callable[[StoreLink, Message], None],
+    ) -> None:
+        """Say hello to every store."""
+        self.links = [
+            StoreLink(
+                index,
+                endpoint,
+                self._seams,
+                self._tasks,
+                describe=describe,
+                load=load,
+                handle=handle,
+                rejoin=self._welcomed,
+                refused=self._refused,
+            )
+            for index, endpoint in enumerate(endpoints)
+        ]
+
+    def leave(self) -> None:
+        """Tell every store that we write no more and go."""
+        for store in self.links:
+            store.leave()
+
+    def close(self) -> None:
+        for store in self.links:
+            store.close()
+
+    def _refused(self, error: KvbatonError) -> None:
+        self._failed(error)
+
+    def _welcomed(self, store: StoreLink) -> None:
+        self._tasks.spawn(self._rejoin(store), "rejoin")
+
+    async def _rejoin(self, store: StoreLink) -> None:
+        """A new incarnation of us is welcome: what the earlier one held there is gone."""
+        self._lost(store)
+        async with self._engine_free:
+            store.stopped()
+            if all(other.welcome.num_blocks for other in self.links):
+                try:
+                    self._attach([store] if self._memory else self.links)
+                except StartError as error:
+                    self._failed(error)
+
+    def _attach(self, stores: list[StoreLink]) -> None:
+        """Put the arenas of `stores` in their places."""
+        block_bytes = self._engine.info.layout.block_bytes
+        if self._memory is None:
+            num_blocks = [store.welcome.num_blocks for store in self.links]
+            self._memory = WorkerMemory(self._seams.disk, block_bytes, num_blocks)
+            self._engine.attach(self._memory.all)
+        for store in stores:
+            place = self._memory.place(store.index)
+            if store.welcome.num_blocks * block_bytes > len(place):
+                raise StartError(f"the arena of {store.link.endpoint} has grown: start again")
+            shared = self._is_shared(store)
+            if shared:
+                self._memory.map(store.index, store.welcome.arena_path)
+            first_slot = self._memory.first_slot(store.index)
+            store.ready(place, first_slot, block_bytes, shared=shared)
+        self.attached.set()
+
+    def _is_shared(self, store: StoreLink) -> bool:
+        if self._mover == "auto":
+            return store.welcome.host_id == self._seams.host_id
+        return self._mover == "shm"

@@ -1,0 +1,221 @@
+"""The decode worker: goes on from prompts that prefill computed, one token of each a step.
+
+The life of a request here:
+1. A gateway sends `reserve`; the answer comes when there is a place among max_num_seqs.
+2. The store tells which blocks are final (`filled`, where they must be pulled) and that prefill is
+   done (`sealed`). We `claim`: the block table and the unfinished last block are ours.
+3. The sequence joins the batch. Each step gives it one token, which leaves for the gateway at once;
+   it grows into blocks leased in advance, and each that fills up is committed.
+4. At the end `release` leaves the committed blocks behind as cache.
+With `prefill_here` step 2 is replaced: the blocks are asked for with `fill`, and the prompt is
+computed in chunks between the tokens of the others. When blocks run out the youngest sequence is
+suspended: it gives up its blocks, waits for room, and goes on the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+import structlog
+
+from common.engine.work import Sampled, Work
+from common.messages import (
+    Aborted,
+    Claim,
+    Fill,
+    Filled,
+    HandoffOpened,
+    Load,
+    Message,
+    Ok,
+    Quit,
+    Release,
+    Reserve,
+    Sealed,
+    StaleError,
+    Suspend,
+)
+from common.net.server import failed
+from common.worker.runtime import WorkerRuntime
+from common.worker.sequence import Sequence
+from common.worker.store_link import StoreLink
+from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from services.decode.scheduler import DecodeScheduler
+
+log = structlog.get_logger()
+
+
+class DecodeRole:
+    """Decisions of a decode worker; common.worker.runtime gives it sockets and steps."""
+
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        config = runtime.config
+        self._runtime = runtime
+        self._scheduler = DecodeScheduler(config.max_num_batched_tokens, runtime.block_size)
+        self._sequences: dict[str, Sequence] = {}
+        self._prefill_here: set[str] = set()
+        self._pulls: dict[str, list[asyncio.Task[None]]] = {}  # under way, by handoff id
+        self._waiting: deque[tuple[str, bytes, int]] = deque()  # handoff id, gateway, call id
+        self._max_num_seqs = config.max_num_seqs
+        self._max_held = config.max_num_seqs + config.max_waiting
+        self.num_preemptions = 0
+
+    def load(self) -> Load:
+        return Load(
+            num_running=len(self._sequences) - len(self._waiting),
+            num_waiting=len(self._waiting),
+            num_tokens_queued=self._scheduler.num_tokens_queued(),
+            tokens_per_s=self._runtime.tokens_per_s,
+        )
+
+    def sequences(self) -> list[Sequence]:
+        return list(self._sequences.values())
+
+    def stop(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        handoff_id = sequence.handoff_id
+        del self._sequences[handoff_id]
+        self._prefill_here.discard(handoff_id)
+        self._pulls.pop(handoff_id, None)
+        for waiting in [waiting for waiting in self._waiting if waiting[0] == handoff_id]:
+            self._waiting.remove(waiting)
+            _, peer, call_id = waiting
+            self._runtime.answer(peer, failed(StaleError("the handoff is over"), call_id))
+        store = self._runtime.store_of(sequence)
+        if sequence.incarnation == store.member_id:
+            store.lease.add(sequence.blocks[sequence.num_committed :])
+            store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
+        self._fill_places()
+
+    # ---- places -------------------------------------------------------------------------------
+
+    def on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        if not isinstance(message, Reserve):
+            raise ProtocolError(f"a decode worker does not take {type(message).__name__}")
+        if message.handoff_id in self._sequences:
+            return Ok()  # said before
+        if len(self._sequences) >= self._max_held:
+            raise OverloadedError(
+                f"{len(self._sequences)} requests are held here already", retry_after_s=1
+            )
+        self._sequences[message.handoff_id] = self._runtime.new_sequence(peer, message)
+        if message.prefill_here:
+            self._prefill_here.add(message.handoff_id)
+        self._waiting.append((message.handoff_id, peer, message.call_id))
+        self._fill_places()
+        return None
+
+    def _fill_places(self) -> None:
+        """Give free places to those who wait, in order."""
+        while self._waiting and len(self._sequences) - len(self._waiting) < self._max_num_seqs:
+            handoff_id, peer, call_id = self._waiting.popleft()
+            self._runtime.answer(peer, Ok(call_id=call_id))
+            if handoff_id in self._prefill_here:
+                self._runtime.tasks.spawn(self._fill(self._sequences[handoff_id]), "fill")
+
+    # ---- what the store tells -------------------------------------------------------------------
+
+    def on_store(self, store: StoreLink, message: Message) -> None:
+        if not isinstance(message, Aborted | Filled | Sealed):
+            return
+        sequence = self._sequences.get(message.handoff_id)
+        if sequence is None:
+            if isinstance(message, Aborted):
+                store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
+        elif isinstance(message, Aborted):
+            self._runtime.abort(sequence)
+        elif isinstance(message, Filled):
+            pull = self._runtime.tasks.spawn(self._pull(sequence, message.blocks), "pull")
+            self._pulls.setdefault(sequence.handoff_id, []).append(pull)
+        else:
+            self._runtime.tasks.spawn(self._claim(sequence, message.first_token), "claim")
+
+    async def _pull(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Fetch blocks while prefill computes the next ones."""
+        sequence.pulled.update(blocks)
+        mover = self._runtime.store_of(sequence).mover
+        with self._runtime.using(sequence):
+            try:
+                await mover.pull(sequence.handoff_id, sequence.epoch, blocks)
+            except KvbatonError as error:
+                log.info("pull_failed", handoff=sequence.handoff_id, reason=error.message)
+                sequence.pulled.difference_update(blocks)  # tried again when we claim
+
+    async def _claim(self, sequence: Sequence, first_token: int) -> None:
+        if pulls := self._pulls.pop(sequence.handoff_id, None):
+            await asyncio.wait(pulls)
+        step = Claim(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
+        if await self._runtime.take_blocks(sequence, step):
+            sequence.claimed(first_token)
+            self._join(sequence)
+
+    async def _fill(self, sequence: Sequence) -> None:
+        step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
+        if await self._runtime.take_blocks(sequence, step):
+            self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        sequence.joined_at = self._runtime.seams.clock.now()
+        self._scheduler.add(sequence)
+        self._runtime.wake()
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def plan(self) -> list[tuple[Sequence, Work]]:
+        stores = self._runtime.stores
+        plan = self._scheduler.plan([store.lease for store in stores])
+        for sequence in plan.preempted:
+            self._scheduler.remove(sequence)
+            self._runtime.tasks.spawn(self._suspend(sequence), "suspend")
+        for store in stores:
+            num_wanted = store.lease.num_wanted(self._scheduler.num_active(store.index))
+            if num_wanted:
+                store.lease.asking = True
+                self._runtime.tasks.spawn(self._refill(store, num_wanted), "refill")
+        return self._runtime.works(plan.steps)
+
+    async def _refill(self, store: StoreLink, num_blocks: int) -> None:
+        await store.refill(num_blocks)
+        store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
+        self._runtime.wake()
+
+    async def _suspend(self, sequence: Sequence) -> None:
+        """Give the blocks up, wait for room, go on from what is still cached."""
+        runtime = self._runtime
+        store = runtime.store_of(sequence)
+        await runtime.publisher.settle(sequence)
+        if sequence.is_over:
+            return
+        self.num_preemptions += 1
+        log.info("sequence_preempted", handoff=sequence.handoff_id, tokens=len(sequence.tokens))
+        store.lease.add(sequence.blocks[sequence.num_committed :])
+        sequence.blocks, sequence.num_committed = [], 0
+        sequence.pulled.clear()
+        suspend = Suspend(
+            handoff_id=sequence.handoff_id,
+            epoch=sequence.epoch,
+            num_tokens=len(sequence.tokens),
+        )
+        try:
+            opened = await store.link.call(suspend, timeout_s=None)
+        except StaleError:
+            runtime.abort(sequence)
+        except KvbatonError as error:
+            runtime.drop(sequence, error.code, error.message)
+        else:
+            assert isinstance(opened, HandoffOpened)
+            sequence.epoch = opened.epoch
+            if not sequence.is_over:
+                await self._fill(sequence)
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        if sampled is None:
+            return
+        finish_reason = sequence.finish_reason(self._runtime.info)
+        self._runtime.emit(sequence, sampled, finish_reason)
+        if finish_reason is not None:
+            release = Release(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
+            self._runtime.end(sequence, release)

@@ -1,0 +1,126 @@
+"""One try at serving a request at one place, from opening its handoff to its last token."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from common.kv.hashing import prompt_keys, root_key
+from common.messages import (
+    AbortHandoff,
+    HandoffOpened,
+    OpenHandoff,
+    OutputToken,
+    Prefill,
+    Reserve,
+)
+from kvbaton.errors import KvbatonError
+from services.gateway.fleet import Store, Worker
+from services.gateway.stream import RequestStream
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request is served. Colocated, `prefill` is `decode`."""
+
+    store: Store
+    prefill: Worker
+    decode: Worker
+
+
+class Attempt:
+    """`outcome` becomes None after the last token, else it says why this could not go on."""
+
+    def __init__(self, stream: RequestStream, place: Place) -> None:
+        self.stream = stream
+        self.place = place
+        self.handoff_id = ""
+        self.outcome: asyncio.Future[KvbatonError | None]
+        self.outcome = asyncio.get_running_loop().create_future()
+        self._tokens = [*stream.request.prompt, *stream.tokens]
+        self._num_to_prefill = len(self._tokens)
+        stream.restart()
+        for worker in {place.prefill, place.decode}:
+            worker.num_assigned += 1
+            worker.num_placed += 1
+        place.prefill.num_tokens_assigned += self._num_to_prefill
+
+    def uses(self, worker: Worker) -> bool:
+        """Whether this still needs the worker."""
+        return worker is self.place.decode or (
+            worker is self.place.prefill and self._num_to_prefill > 0
+        )
+
+    def fail(self, error: KvbatonError) -> None:
+        """This attempt is over; the request may not be."""
+        if not self.outcome.done():
+            self.outcome.set_result(error)
+
+    def prefilled(self) -> None:
+        """The prompt is computed: prefill has done its part."""
+        if self._num_to_prefill:
+            self.place.prefill.num_tokens_assigned -= self._num_to_prefill
+            self._num_to_prefill = 0
+            if self.place.prefill is not self.place.decode:
+                self.place.prefill.num_assigned -= 1
+
+    def close(self) -> None:
+        """Give back what is counted at the workers; end the handoff unless it ended itself."""
+        self.prefilled()
+        self.place.decode.num_assigned -= 1
+        finished = self.outcome.done() and self.outcome.result() is None
+        if self.handoff_id and not finished:
+            self.place.store.link.send(AbortHandoff(handoff_id=self.handoff_id))
+
+    def open_message(self, fingerprint: str, block_size: int) -> OpenHandoff:
+        """Asks the store for room; the tenant's keys are its own."""
+        store, request = self.place.store, self.stream.request
+        root = root_key(store.welcome.cache_secret, request.tenant, fingerprint)
+        return OpenHandoff(
+            request_id=request.request_id,
+            prefill_id=self.place.prefill.member_ids[store.index],
+            decode_id=self.place.decode.member_ids[store.index],
+            root_key=root,
+            keys=prompt_keys(root, self._tokens, block_size),
+            num_tokens=len(self._tokens),
+        )
+
+    async def start(self, opened: HandoffOpened) -> None:
+        """Take a place at decode, then have the prompt computed. Raises what they answer."""
+        place, request = self.place, self.stream.request
+        colocated = place.prefill is place.decode
+        reserve = Reserve(
+            handoff_id=opened.handoff_id,
+            epoch=opened.epoch,
+            store=place.store.index,
+            tokens=self._tokens,
+            num_prompt_tokens=len(request.prompt),
+            sampling=request.sampling,
+            choice=request.choice,
+            prefill_here=colocated,
+        )
+        await place.decode.link.call(reserve, timeout_s=None)
+        if colocated:
+            return
+        prefill = Prefill(
+            handoff_id=opened.handoff_id,
+            epoch=opened.epoch,
+            store=place.store.index,
+            tokens=self._tokens,
+            num_prompt_tokens=len(request.prompt),
+            sampling=request.sampling,
+            choice=request.choice,
+        )
+        await place.prefill.link.call(prefill)
+
+    def on_token(self, worker: Worker, token: OutputToken, now: float) -> None:
+        """A token of this request, from either worker."""
+        timeline = self.stream.timeline
+        self.prefilled()
+        timeline.first_token_at = timeline.first_token_at or now
+        timeline.prefilled_at = timeline.prefilled_at or now
+        if worker is self.place.decode and token.since_joined_ms:
+            timeline.handed_over_at = now - token.since_joined_ms / 1000
+        if self.stream.deliver(token) and not self.outcome.done():
+            timeline.finished_at = now
+            self.outcome.set_result(None)

@@ -1,0 +1,93 @@
+"""The seam between the two faces of the gateway (HTTP, msgpack) and the dispatcher behind them.
+
+A face turns a request into token ids and sampling parameters, calls `Backend.submit`, and reads
+tokens in order. It never learns which worker made them, nor of retries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvbaton.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token. `index` counts output tokens from 0; the last event alone has a finish reason.
+
+    finish_reason: "stop" (eos or a stop token id, which is then token_id), "length".
+    """
+
+    index: int
+    token_id: int
+    logprob: float = 0.0
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When things happened to a request, in seconds on the gateway's clock; 0.0 = not yet."""
+
+    received_at: float = 0.0
+    placed_at: float = 0.0
+    prefilled_at: float = 0.0
+    handed_over_at: float = 0.0
+    first_token_at: float = 0.0
+    finished_at: float = 0.0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    num_attempts: int = 0
+
+
+class TokenStream(Protocol):
+    """The tokens of one request, in order, without gaps or duplicates.
+
+    Iteration raises a KvbatonError if the request fails; leaving it early requires `cancel`.
+    """
+
+    request_id: str
+    timeline: Timeline
+    num_cached_tokens: int
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    def cancel(self) -> None:
+        """Free what the request holds anywhere in the cluster. Idempotent, never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request as the dispatcher sees it: tokens in, tokens out."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    choice: int = 0
+    tenant: str = ""
+    deadline_s: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """The dispatcher, as the faces see it."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Most positions of prompt plus output; None while no worker has joined."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker of every role needed is alive."""
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Start a request.
+
+        Raises UnavailableError when no worker of a needed role is alive, OverloadedError when the
+        gateway's own queue is full, InvalidRequestError when the prompt does not fit the context.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """Counts and gauges by name, for /metrics and for `stats`."""

@@ -1,0 +1,224 @@
+"""The cluster as a gateway sees it: links to every store and worker, and what each reports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from common.messages import (
+    INTERNAL_VERSION,
+    Aborted,
+    AbortHandoff,
+    Dropped,
+    FromStore,
+    FromWorker,
+    HandoffOpened,
+    Heartbeat,
+    Hello,
+    Load,
+    Member,
+    Members,
+    Message,
+    OutputTokens,
+    Welcome,
+    decoder,
+)
+from common.net.link import Link
+from common.service import Seams, Tasks
+from kvbaton.errors import ConnectionLostError, KvbatonError
+from services.gateway.placement import Candidate
+
+log = structlog.get_logger()
+
+_HEARTBEATS_MISSED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A prefill or decode worker. It is another member of each store: `member_ids` by store."""
+
+    member: Member
+    link: Link
+    member_ids: dict[int, str] = field(default_factory=dict)
+    load: Load = Load()
+    num_assigned: int = 0  # sequences that this gateway has there
+    num_tokens_assigned: int = 0  # prompt tokens it still has to compute for this gateway
+    num_placed: int = 0
+
+    def candidate(self) -> Placeable:
+        """The worker for placement."""
+        load = self.load
+        return Placeable(
+            name=self.member.name,
+            num_sequences=max(self.num_assigned, load.num_running + load.num_waiting),
+            num_tokens_queued=max(self.num_tokens_assigned, load.num_tokens_queued),
+            tokens_per_s=load.tokens_per_s,
+            max_num_seqs=self.member.max_num_seqs,
+            num_placed=self.num_placed,
+            worker=self,
+        )
+
+
+@dataclass(slots=True)
+class Placeable(Candidate):
+    """A candidate that knows its worker."""
+
+    worker: Worker
+
+
+@dataclass(slots=True, eq=False)
+class Store:
+    """A KV store. Up from its welcome until it stops answering."""
+
+    index: int
+    link: Link = field(init=False)
+    welcome: Welcome = Welcome(instance_id="")
+    is_up: bool = False
+    blocks: dict[str, int] = field(default_factory=dict)
+    num_handoffs: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEvents:
+    """Whom the fleet tells what it hears."""
+
+    on_tokens: Callable[[Worker, OutputTokens], None]
+    on_dropped: Callable[[Dropped], None]
+    on_aborted: Callable[[Aborted], None]
+    on_worker_lost: Callable[[Worker], None]
+    on_store_lost: Callable[[Store], None]
+
+
+class Fleet:
+    """Connections of one gateway. Membership is the stores': workers come and go as they say."""
+
+    def __init__(
+        self, seams: Seams, tasks: Tasks, name: str, endpoints: list[str], events: FleetEvents
+    ) -> None:
+        self.workers: dict[str, Worker] = {}  # by endpoint
+        self._seams = seams
+        self._events = events
+        self._name = name
+        self.stores = [Store(index) for index in range(len(endpoints))]
+        for store, endpoint in zip(self.stores, endpoints, strict=True):
+            self._connect(store, endpoint)
+            tasks.spawn(self._beat(store), f"heartbeat-{store.index}")
+
+    def of_role(self, role: str, store: Store) -> list[Worker]:
+        """Workers of a role that have joined the store."""
+        return [
+            worker
+            for worker in self.workers.values()
+            if worker.member.role == role and store.index in worker.member_ids
+        ]
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.link.close()
+        for worker in self.workers.values():
+            worker.link.close()
+
+    # ---- stores ---------------------------------------------------------------------------------
+
+    def _connect(self, store: Store, endpoint: str) -> None:
+        def welcomed(welcome: Welcome) -> None:
+            if store.is_up:
+                self._store_lost(store, "it has forgotten this gateway")
+            store.welcome, store.is_up = welcome, True
+            log.info("store_joined", store=endpoint)
+
+        def handle(message: Message) -> None:
+            if isinstance(message, Members):
+                self._on_members(store, message)
+            elif isinstance(message, Aborted):
+                self._events.on_aborted(message)
+            elif isinstance(message, HandoffOpened):  # its request was cancelled meanwhile
+                store.link.send(AbortHandoff(handoff_id=message.handoff_id))
+
+        store.link = Link(
+            self._seams.transport,
+            endpoint,
+            decoder(FromStore),
+            hello=self._hello,
+            welcomed=welcomed,
+            handle=handle,
+            refused=_log_refused,
+        )
+
+    def _hello(self) -> Hello:
+        member = Member(
+            member_id=self._seams.rng.new_id(),
+            role="gateway",
+            name=self._name,
+            host_id=self._seams.host_id,
+            pid=self._seams.pid,
+        )
+        return Hello(internal_version=INTERNAL_VERSION, member=member)
+
+    async def _beat(self, store: Store) -> None:
+        while True:
+            interval_s = store.welcome.heartbeat_s
+            await asyncio.sleep(interval_s)
+            try:
+                await store.link.call(Heartbeat(), timeout_s=interval_s * _HEARTBEATS_MISSED)
+            except ConnectionLostError as error:
+                if store.is_up:
+                    self._store_lost(store, error.message)
+                    store.link.reset()  # so that it greets us first when it is back
+
+    def _store_lost(self, store: Store, reason: str) -> None:
+        log.warning("store_lost", store=store.link.endpoint, reason=reason)
+        store.is_up = False
+        self._on_members(store, Members(members=[]))
+        self._events.on_store_lost(store)
+
+    # ---- workers --------------------------------------------------------------------------------
+
+    def _on_members(self, store: Store, message: Members) -> None:
+        store.blocks = message.blocks
+        store.num_handoffs, store.num_waiting = message.num_handoffs, message.num_waiting
+        listed = {member.endpoint for member in message.members}
+        for worker in list(self.workers.values()):
+            if worker.member.endpoint not in listed:
+                worker.member_ids.pop(store.index, None)
+            if not worker.member_ids:
+                self._worker_lost(worker)
+        for member in message.members:
+            worker = self.workers.get(member.endpoint) or self._worker_joined(member)
+            worker.member_ids[store.index] = member.member_id
+            worker.load = member.load
+
+    def _worker_joined(self, member: Member) -> Worker:
+        def handle(message: Message) -> None:
+            if isinstance(message, OutputTokens):
+                worker.load = message.load
+                self._events.on_tokens(worker, message)
+            elif isinstance(message, Dropped):
+                self._events.on_dropped(message)
+
+        link = Link(
+            self._seams.transport,
+            member.endpoint,
+            decoder(FromWorker),
+            hello=self._hello,
+            welcomed=lambda _: None,
+            handle=handle,
+            refused=_log_refused,
+        )
+        worker = self.workers[member.endpoint] = Worker(member, link)
+        log.info("worker_joined", name=member.name, role=member.role, endpoint=member.endpoint)
+        return worker
+
+    def _worker_lost(self, worker: Worker) -> None:
+        log.info("worker_left", name=worker.member.name, endpoint=worker.member.endpoint)
+        del self.workers[worker.member.endpoint]
+        worker.link.close()
+        self._events.on_worker_lost(worker)
+
+
+def _log_refused(error: KvbatonError) -> None:
+    log.error("hello_refused", reason=error.message)

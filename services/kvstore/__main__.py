@@ -1,0 +1,14 @@
+"""`python -m services.kvstore`: a KV store process."""
+
+from __future__ import annotations
+
+import uvloop
+
+from common.config import load_config
+from common.service import serve
+from services.kvstore.service import KvStore, StoreConfig
+
+if __name__ == "__main__":
+    config = load_config(StoreConfig, "python -m services.kvstore")
+    main = serve(config.name, config.log_level, lambda seams: KvStore(config, seams))
+    raise SystemExit(uvloop.run(main))

@@ -1,0 +1,189 @@
+"""The block pool: every block of the arena is in exactly one state, and the counts always add up.
+
+free -> granted (to one writer) -> committed (immutable, counted readers) -> cached (no readers,
+evictable) -> free; and quarantined while a writer that lost the block may still be alive. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class BlockState(Enum):
+    """Where a block stands."""
+
+    FREE = "free"
+    GRANTED = "granted"
+    COMMITTED = "committed"
+    CACHED = "cached"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(slots=True)
+class Block:
+    """One block. `writer` while granted or quarantined; `key` and `num_readers` once committed.
+
+    A committed block whose key another block already answers for is not indexed: its `key` is None
+    and it is freed with its last reader.
+    """
+
+    state: BlockState = BlockState.FREE
+    writer: str = ""
+    key: bytes | None = None
+    num_readers: int = 0
+
+
+class BlockPool:
+    """The blocks of one arena, numbered from 0."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._free: deque[int] = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._index: dict[bytes, int] = {}
+        self._counts = dict.fromkeys(BlockState, 0) | {BlockState.FREE: num_blocks}
+
+    def __getitem__(self, block_id: int) -> Block:
+        return self._blocks[block_id]
+
+    def is_granted(self, block_id: int, writer: str) -> bool:
+        """Whether the block is there and `writer` may write it; any number can be asked about."""
+        if not 0 <= block_id < self.num_blocks:
+            return False
+        block = self[block_id]
+        return block.state is BlockState.GRANTED and block.writer == writer
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that a grant could take now: free ones, and cached ones by eviction."""
+        return len(self._free) + len(self._cached)
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest leading run of keys that is present."""
+        found = []
+        for key in keys:
+            block_id = self._index.get(key)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_cached(self, block_ids: Iterable[int]) -> int:
+        """How many of these would leave `num_available` if they were pinned."""
+        return sum(self[block_id].state is BlockState.CACHED for block_id in block_ids)
+
+    def pin(self, block_ids: Iterable[int]) -> None:
+        """Add a reader to committed or cached blocks."""
+        for block_id in block_ids:
+            block = self[block_id]
+            assert block.state in (BlockState.COMMITTED, BlockState.CACHED)
+            if block.state is BlockState.CACHED:
+                del self._cached[block_id]
+                self._move(block, BlockState.COMMITTED)
+            block.num_readers += 1
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        """Take a reader away. Blocks without readers become cache, last of the chain first, so that
+        eviction takes leaves before their parents."""
+        for block_id in reversed(block_ids):
+            block = self[block_id]
+            assert block.state is BlockState.COMMITTED
+            assert block.num_readers > 0
+            block.num_readers -= 1
+            if block.num_readers:
+                continue
+            if block.key is None:
+                self._set_free(block_id)
+            else:
+                self._move(block, BlockState.CACHED)
+                self._cached[block_id] = None
+
+    def grant(self, count: int, writer: str) -> list[int]:
+        """Give `count` blocks to `writer`, evicting cache if need be; the caller has checked."""
+        assert 0 <= count <= self.num_available
+        granted = []
+        for _ in range(count):
+            if not self._free:
+                self._evict()
+            block_id = self._free.popleft()
+            block = self[block_id]
+            self._move(block, BlockState.GRANTED)
+            block.writer = writer
+            granted.append(block_id)
+        return granted
+
+    def commit(self, block_id: int, key: bytes) -> None:
+        """A granted block is final, with one reader. The first block of a key answers for it."""
+        block = self[block_id]
+        assert block.state is BlockState.GRANTED
+        self._move(block, BlockState.COMMITTED)
+        block.writer, block.num_readers = "", 1
+        if key not in self._index:
+            self._index[key] = block_id
+            block.key = key
+
+    def hand_on(self, block_id: int, writer: str) -> None:
+        """A granted block gets another writer; the first has said that it writes no more."""
+        block = self[block_id]
+        assert block.state is BlockState.GRANTED
+        block.writer = writer
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Granted or quarantined blocks whose writer writes no more become free."""
+        for block_id in block_ids:
+            assert self[block_id].state in (BlockState.GRANTED, BlockState.QUARANTINED)
+            self._set_free(block_id)
+
+    def quarantine(self, block_ids: Iterable[int]) -> None:
+        """Granted blocks are taken from a writer that may still be writing."""
+        for block_id in block_ids:
+            block = self[block_id]
+            assert block.state is BlockState.GRANTED
+            self._move(block, BlockState.QUARANTINED)
+
+    def written_by(self, writer: str) -> list[int]:
+        """The blocks that `writer` was granted, or that are quarantined because of it."""
+        return [block_id for block_id, block in enumerate(self._blocks) if block.writer == writer]
+
+    def counts(self) -> dict[str, int]:
+        """Blocks by state. The values add up to the number of blocks."""
+        return {state.value: count for state, count in self._counts.items()}
+
+    def check(self) -> None:
+        """Assert that the lists agree with the blocks' states: nothing lost, nothing twice."""
+        counts = self.counts()
+        for state in BlockState:
+            derived = sum(block.state is state for block in self._blocks)
+            assert counts[state.value] == derived
+        assert len(self._free) == len(set(self._free)) == counts["free"]
+        assert len(self._cached) == counts["cached"]
+        for block_id in self._free:
+            assert self[block_id] == Block()
+        for key, block_id in self._index.items():
+            assert self[block_id].key == key
+        for block in self._blocks:
+            assert bool(block.writer) == (
+                block.state in (BlockState.GRANTED, BlockState.QUARANTINED)
+            )
+            assert (block.num_readers > 0) == (block.state is BlockState.COMMITTED)
+
+    def _move(self, block: Block, state: BlockState) -> None:
+        self._counts[block.state] -= 1
+        self._counts[state] += 1
+        block.state = state
+
+    def _evict(self) -> None:
+        block_id, _ = self._cached.popitem(last=False)
+        self._set_free(block_id)
+
+    def _set_free(self, block_id: int) -> None:
+        block = self[block_id]
+        if block.key is not None:
+            del self._index[block.key]
+        self._move(block, BlockState.FREE)
+        block.writer, block.key, block.num_readers = "", None, 0
+        self._free.append(block_id)

@@ -1,0 +1,421 @@
+"""The ledger: every handoff is a row of one state machine, every block has an owner. Pure.
+
+waiting -> reserved -> filling -> sealed -> claimed -> released, or aborted from anywhere. Who may
+write is always one member: prefill while filling, decode once it has claimed. An epoch rises with
+each new owner of a handoff; a message from an older epoch is refused and changes nothing. Messages
+repeated within an epoch give the same state again.
+
+Room is promised before work begins: an open handoff holds a reservation for its whole prompt, and
+`growth_blocks` are kept back for sequences that are already running.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from common.messages import StaleError
+from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError
+from services.kvstore.blocks import BlockPool
+
+
+class HandoffState(Enum):
+    """Where a handoff stands."""
+
+    WAITING = "waiting"
+    RESERVED = "reserved"
+    FILLING = "filling"
+    SEALED = "sealed"
+    CLAIMED = "claimed"
+    ABORTING = "aborting"
+
+
+@dataclass(slots=True)
+class Handoff:
+    """One request's KV on its way. `blocks[:num_committed]` are final and pinned by this handoff;
+    the rest are granted to `writer` (none once decode has claimed: they join its lease)."""
+
+    handoff_id: str
+    epoch: int
+    opener: str  # the gateway, or the decode worker that resumes a preempted sequence
+    gateway_id: str
+    prefill_id: str
+    decode_id: str
+    root_key: bytes
+    keys: list[bytes]  # of the prompt's full blocks, then of those that decode filled
+    num_tokens: int
+    state: HandoffState = HandoffState.WAITING
+    blocks: list[int] = field(default_factory=list)
+    num_committed: int = 0
+    num_cached: int = 0
+    num_reserved: int = 0
+    writer: str = ""
+
+    @property
+    def last_key(self) -> bytes:
+        """The parent of the first block whose key is not known yet."""
+        return self.keys[-1] if self.keys else self.root_key
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`."""
+
+    gateway_id: str
+    prefill_id: str
+    decode_id: str
+    root_key: bytes
+    keys: list[bytes]
+    num_tokens: int
+
+
+class Ledger:
+    """Blocks and handoffs of one store. `new_id` makes handoff ids."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        new_id: Callable[[], str],
+        *,
+        growth_blocks: int,
+        max_waiting: int = 4096,
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.handoffs: dict[str, Handoff] = {}
+        self.num_reserved = 0
+        self._waiting: deque[Handoff] = deque()
+        self._new_id = new_id
+        self._growth_blocks = growth_blocks
+        self._max_waiting = max_waiting
+
+    # ---- opening ------------------------------------------------------------------------------
+
+    def open(self, request: OpenRequest) -> Handoff:
+        """A new handoff, waiting for room: `admit` tells when it has it.
+
+        Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait.
+        """
+        num_blocks = self._blocks_for(request.num_tokens)
+        if num_blocks > self.pool.num_blocks - 1:
+            raise InvalidRequestError(
+                f"the prompt needs {num_blocks} KV blocks, the KV store has "
+                f"{self.pool.num_blocks}: raise --kv-bytes or shorten the prompt",
+                field="prompt",
+            )
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(
+                f"{self._max_waiting} requests already wait for KV blocks", retry_after_s=1
+            )
+        handoff = Handoff(
+            handoff_id=self._new_id(),
+            epoch=1,
+            opener=request.gateway_id,
+            gateway_id=request.gateway_id,
+            prefill_id=request.prefill_id,
+            decode_id=request.decode_id,
+            root_key=request.root_key,
+            keys=list(request.keys),
+            num_tokens=request.num_tokens,
+        )
+        self.handoffs[handoff.handoff_id] = handoff
+        self._waiting.append(handoff)
+        return handoff
+
+    def admit(self) -> list[Handoff]:
+        """Reserve room for waiting handoffs, in order, as far as it reaches; returns those.
+
+        The first in line blocks the rest: letting small ones pass would starve the large.
+        """
+        admitted = []
+        while self._waiting and self._reserve(self._waiting[0]):
+            admitted.append(self._waiting.popleft())
+        return admitted
+
+    def _reserve(self, handoff: Handoff) -> bool:
+        # The last position is always computed: its logits are what the first token is drawn from.
+        usable = handoff.keys[: (handoff.num_tokens - 1) // self.block_size]
+        cached = self.pool.lookup(usable)
+        needed = self._blocks_for(handoff.num_tokens) - len(cached)
+        room = self.pool.num_available - self.pool.num_cached(cached) - self.num_reserved
+        # With nothing else open the growth reserve has nobody to serve.
+        kept_back = self._growth_blocks if self._num_open() else 0
+        if needed + kept_back > room:
+            return False
+        self.pool.pin(cached)
+        handoff.blocks = cached
+        handoff.num_committed = handoff.num_cached = len(cached)
+        handoff.num_reserved = needed
+        self.num_reserved += needed
+        handoff.state = HandoffState.RESERVED
+        return True
+
+    @property
+    def num_waiting(self) -> int:
+        """Handoffs that wait for room."""
+        return len(self._waiting)
+
+    def _num_open(self) -> int:
+        return len(self.handoffs) - len(self._waiting)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # ---- filling and claiming -----------------------------------------------------------------
+
+    def fill(self, handoff_id: str, epoch: int, member_id: str) -> Handoff:
+        """Grant the reserved blocks to prefill, or to decode that computes its own prompt.
+
+        In the second case the handoff is claimed at once and the blocks belong to decode's lease.
+        """
+        handoff = self._find(handoff_id, epoch)
+        by_decode = member_id == handoff.decode_id
+        if member_id not in (handoff.prefill_id, handoff.decode_id):
+            raise StaleError("not the worker this handoff was opened for")
+        after = HandoffState.CLAIMED if by_decode else HandoffState.FILLING
+        if handoff.state is after and handoff.writer == member_id:
+            return handoff
+        self._expect(handoff, HandoffState.RESERVED)
+        handoff.blocks += self.pool.grant(handoff.num_reserved, member_id)
+        self.num_reserved -= handoff.num_reserved
+        handoff.num_reserved = 0
+        handoff.state = after
+        handoff.writer = member_id
+        return handoff
+
+    def commit(
+        self,
+        handoff_id: str,
+        epoch: int,
+        member_id: str,
+        *,
+        first_index: int,
+        blocks: list[int],
+        keys: list[bytes],
+    ) -> Handoff:
+        """Blocks of the writer are final. Without `keys` those of the prompt hold.
+
+        Decode may commit until it has quit, also after an abort: it counts what it has said is
+        final as no longer in its lease.
+        """
+        handoff = self.handoffs.get(handoff_id)
+        by_decode = handoff is not None and handoff.writer == handoff.decode_id
+        if handoff is None or handoff.epoch != epoch or not by_decode:
+            handoff = self._find(handoff_id, epoch)
+        self._expect_writer(handoff, member_id)
+        end = first_index + len(blocks)
+        if end <= handoff.num_committed and handoff.blocks[first_index:end] == blocks:
+            return handoff  # said before
+        keys = keys or handoff.keys[first_index:end]
+        if first_index != handoff.num_committed or len(keys) != len(blocks):
+            raise StaleError("commits must follow one another, each block with its key")
+        for block_id in blocks:
+            if not self.pool.is_granted(block_id, member_id):
+                raise StaleError(f"block {block_id} is not the sender's to commit")
+        if len(set(blocks)) != len(blocks):
+            raise StaleError("a block can be committed only once")
+        for block_id, key in zip(blocks, keys, strict=True):
+            self.pool.commit(block_id, key)
+        if first_index >= len(handoff.keys):
+            handoff.keys += keys
+        handoff.blocks[first_index:end] = blocks
+        handoff.num_committed = end
+        return handoff
+
+    def check_writer(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
+        """Raise StaleError unless the member may write these blocks for this handoff now."""
+        handoff = self._find(handoff_id, epoch)
+        self._expect_writer(handoff, member_id)
+        if not all(self.pool.is_granted(block_id, member_id) for block_id in blocks):
+            raise StaleError("blocks that are not the sender's to write")
+
+    def check_reader(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
+        """Raise StaleError unless the member may read these blocks: final ones, and once it has
+        claimed the handoff also the unfinished last one."""
+        handoff = self._find(handoff_id, epoch)
+        if member_id not in (handoff.prefill_id, handoff.decode_id):
+            raise StaleError("not a worker of this handoff")
+        claimed = handoff.state is HandoffState.CLAIMED and handoff.writer == member_id
+        readable = set(handoff.blocks if claimed else handoff.blocks[: handoff.num_committed])
+        if not readable.issuperset(blocks):
+            raise StaleError("blocks that this handoff does not hold")
+
+    def seal(self, handoff_id: str, epoch: int, member_id: str, *, finished: bool) -> Handoff:
+        """Prefill writes no more. `finished`: there is nothing to decode, all is released."""
+        handoff = self._find(handoff_id, epoch)
+        if handoff.state is HandoffState.SEALED and member_id == handoff.prefill_id:
+            return handoff
+        self._expect(handoff, HandoffState.FILLING)
+        self._expect_writer(handoff, member_id)
+        if finished:
+            self._close(handoff)
+        else:
+            handoff.state = HandoffState.SEALED
+            handoff.writer = ""
+        return handoff
+
+    def claim(self, handoff_id: str, epoch: int, member_id: str) -> Handoff:
+        """Decode takes over; the unfinished last block joins its lease."""
+        handoff = self._find(handoff_id, epoch)
+        if member_id != handoff.decode_id:
+            raise StaleError("not the decode worker this handoff was opened for")
+        if handoff.state is HandoffState.CLAIMED:
+            return handoff
+        self._expect(handoff, HandoffState.SEALED)
+        for block_id in handoff.blocks[handoff.num_committed :]:
+            self.pool.hand_on(block_id, member_id)
+        handoff.state = HandoffState.CLAIMED
+        handoff.writer = member_id
+        return handoff
+
+    def release(self, handoff_id: str, epoch: int, member_id: str) -> None:
+        """Decode is done: committed blocks lose their reader, the rest stay in its lease."""
+        handoff = self._find(handoff_id, epoch)
+        self._expect(handoff, HandoffState.CLAIMED)
+        self._expect_writer(handoff, member_id)
+        self._close(handoff)
+
+    def suspend(self, handoff_id: str, epoch: int, member_id: str, num_tokens: int) -> Handoff:
+        """Decode was preempted: drop the blocks, wait at the head of the line for room to go on.
+
+        Raises TooLargeError if the store could never hold `num_tokens`.
+        """
+        handoff = self._find(handoff_id, epoch)
+        self._expect(handoff, HandoffState.CLAIMED)
+        self._expect_writer(handoff, member_id)
+        if self._blocks_for(num_tokens) > self.pool.num_blocks:
+            raise TooLargeError(
+                f"the sequence has grown to {num_tokens} tokens, the KV store holds "
+                f"{self.pool.num_blocks * self.block_size}: raise --kv-bytes"
+            )
+        self._drop_blocks(handoff)
+        handoff.num_tokens = num_tokens
+        handoff.epoch += 1
+        handoff.opener = member_id
+        handoff.state = HandoffState.WAITING
+        self._waiting.appendleft(handoff)
+        return handoff
+
+    # ---- leases -------------------------------------------------------------------------------
+
+    def lease(self, member_id: str, count: int) -> list[int]:
+        """Up to `count` free blocks to grow into. Only reservations are out of reach."""
+        room = self.pool.num_available - self.num_reserved
+        return self.pool.grant(max(0, min(count, room)), member_id)
+
+    def give_back(self, member_id: str, blocks: list[int]) -> None:
+        """Leased blocks are free again. Those that are not the sender's are left alone."""
+        self.pool.free(
+            [
+                block_id
+                for block_id in dict.fromkeys(blocks)
+                if self.pool.is_granted(block_id, member_id)
+            ]
+        )
+
+    # ---- endings ------------------------------------------------------------------------------
+
+    def abort(self, handoff_id: str) -> Handoff | None:
+        """End a handoff wherever it stands. Returns it, or None if it is over already.
+
+        If a writer may be at work the handoff is ABORTING until that writer says `quit` or is dead,
+        and its granted blocks are quarantined.
+        """
+        handoff = self.handoffs.get(handoff_id)
+        if handoff is None or handoff.state is HandoffState.ABORTING:
+            return None
+        if handoff.state in (HandoffState.FILLING, HandoffState.CLAIMED):
+            if handoff.state is HandoffState.FILLING:
+                self.pool.quarantine(handoff.blocks[handoff.num_committed :])
+            handoff.state = HandoffState.ABORTING
+        else:
+            self._close(handoff)
+        return handoff
+
+    def quit(self, handoff_id: str, member_id: str) -> None:
+        """The writer of an aborted handoff writes no more."""
+        handoff = self.handoffs.get(handoff_id)
+        if handoff is None or handoff.state is not HandoffState.ABORTING:
+            return
+        if handoff.writer == member_id:
+            self._close(handoff)
+
+    def handoffs_of(self, member_id: str) -> list[Handoff]:
+        """The handoffs that a member opened, fills or decodes."""
+        return [
+            handoff
+            for handoff in self.handoffs.values()
+            if member_id in (handoff.gateway_id, handoff.decode_id)
+            or (
+                member_id == handoff.prefill_id
+                and handoff.state
+                in (HandoffState.WAITING, HandoffState.RESERVED, HandoffState.FILLING)
+            )
+        ]
+
+    def lose_writer(self, member_id: str) -> None:
+        """A member was not heard from: what it may still write into is quarantined."""
+        written = self.pool.written_by(member_id)
+        self.pool.quarantine(
+            [block_id for block_id in written if self.pool.is_granted(block_id, member_id)]
+        )
+
+    def writer_stopped(self, member_id: str) -> None:
+        """A member is dead, or says that it writes no more: nothing of it needs quarantine."""
+        for handoff in list(self.handoffs.values()):
+            if handoff.state is HandoffState.ABORTING and handoff.writer == member_id:
+                self._close(handoff)
+        self.pool.free(self.pool.written_by(member_id))
+
+    # ---- within -------------------------------------------------------------------------------
+
+    def _close(self, handoff: Handoff) -> None:
+        if handoff.state is HandoffState.WAITING:
+            self._waiting.remove(handoff)
+        self._drop_blocks(handoff)
+        del self.handoffs[handoff.handoff_id]
+
+    def _drop_blocks(self, handoff: Handoff) -> None:
+        """Unpin what is committed, free what is granted; decode's blocks stay in its lease."""
+        self.num_reserved -= handoff.num_reserved
+        handoff.num_reserved = 0
+        self.pool.unpin(handoff.blocks[: handoff.num_committed])
+        if handoff.writer != handoff.decode_id:
+            self.pool.free(handoff.blocks[handoff.num_committed :])
+        handoff.blocks = []
+        handoff.num_committed = 0
+        handoff.writer = ""
+
+    def _find(self, handoff_id: str, epoch: int) -> Handoff:
+        handoff = self.handoffs.get(handoff_id)
+        if handoff is None or handoff.state is HandoffState.ABORTING:
+            raise StaleError("this handoff is over")
+        if handoff.epoch != epoch:
+            raise StaleError(f"this handoff is at epoch {handoff.epoch}, not {epoch}")
+        return handoff
+
+    @staticmethod
+    def _expect(handoff: Handoff, state: HandoffState) -> None:
+        if handoff.state is not state:
+            raise StaleError(f"this handoff is {handoff.state.value}, not {state.value}")
+
+    @staticmethod
+    def _expect_writer(handoff: Handoff, member_id: str) -> None:
+        if handoff.writer != member_id:
+            raise StaleError("the sender is not the writer of this handoff")
+
+    def check(self) -> None:
+        """Assert that handoffs and blocks account for one another."""
+        self.pool.check()
+        readers: dict[int, int] = {}
+        reserved = 0
+        for handoff in self.handoffs.values():
+            reserved += handoff.num_reserved
+            for block_id in handoff.blocks[: handoff.num_committed]:
+                readers[block_id] = readers.get(block_id, 0) + 1
+        assert reserved == self.num_reserved <= self.pool.num_available
+        for block_id in range(self.pool.num_blocks):
+            assert self.pool[block_id].num_readers == readers.get(block_id, 0)

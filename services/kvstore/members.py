@@ -1,0 +1,62 @@
+"""Who belongs to the cluster, as heard from lately. Pure: time is passed in."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.messages import Load, Member
+from common.net.liveness import Liveness
+
+
+class Members:
+    """The members of one store, by id. A process that says hello again is a new member."""
+
+    def __init__(self, lost_after_s: float) -> None:
+        self._members: dict[str, Member] = {}
+        self._ready: set[str] = set()
+        self._liveness: Liveness[str] = Liveness(lost_after_s)
+        self.has_changed = False  # what gateways are shown, since the owner last cleared it
+
+    def __contains__(self, member_id: str) -> bool:
+        return member_id in self._members
+
+    def join(self, member: Member, now: float) -> None:
+        """A worker is not shown to gateways before it is ready."""
+        self._members[member.member_id] = member
+        self._liveness.heard(member.member_id, now)
+
+    def heard(self, member_id: str, load: Load, ready: bool, now: float) -> bool:
+        """A heartbeat. True if the member has become ready by it."""
+        member = self._members[member_id]
+        self._liveness.heard(member_id, now)
+        if load != member.load:
+            self._members[member_id] = msgspec.structs.replace(member, load=load)
+            self.has_changed = True
+        is_new = ready and member_id not in self._ready
+        if is_new:
+            self._ready.add(member_id)
+            self.has_changed = True
+        return is_new
+
+    def remove(self, member_id: str) -> Member | None:
+        """The member has left or is lost. None if it was removed before."""
+        self._liveness.forget(member_id)
+        self.has_changed |= member_id in self._ready
+        self._ready.discard(member_id)
+        return self._members.pop(member_id, None)
+
+    def expire(self, now: float) -> list[str]:
+        """Members not heard from for too long; the caller removes them."""
+        return self._liveness.expire(now)
+
+    def workers(self) -> list[Member]:
+        """The workers that can take work."""
+        return [self._members[member_id] for member_id in sorted(self._ready)]
+
+    def gateways(self) -> list[Member]:
+        """The gateways, ready or not: they are told of the workers."""
+        return [member for member in self._members.values() if member.role == "gateway"]
+
+    def num_workers(self) -> int:
+        """Workers of any state."""
+        return sum(member.role != "gateway" for member in self._members.values())

@@ -1,0 +1,307 @@
+"""The KV store: owns the arena, keeps the ledger, brokers each handoff from prefill to decode.
+
+The life of a handoff here:
+1. A gateway asks to `open` one: once there is room for the whole prompt it is reserved, the
+   prompt's cached blocks are pinned, and the answer tells how many of them there are.
+2. Prefill asks to `fill` it and is granted blocks; it commits each that is full, and a decode
+   worker that cannot map the arena is told at once which blocks it may pull.
+3. Prefill seals: decode is told, claims, and grows into blocks it has leased in advance.
+4. Decode releases: what is committed stays as cache until the room is needed.
+An abort, from any side and at any step, is told to all who are involved; who may be writing
+confirms with `quit` when it surely is not. A member that is lost loses its handoffs, and its blocks
+come back when its process is known to have ended.
+
+This file is the shell: sockets, membership, time. Handoffs are broker.py, rows are ledger.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from common.config import setting
+from common.kv.arena import ARENA_PREFIX
+from common.kv.layout import KvLayout
+from common.messages import (
+    Heartbeat,
+    Hello,
+    Leave,
+    Member,
+    Message,
+    Ok,
+    Stopped,
+    ToStore,
+    Welcome,
+    decoder,
+)
+from common.messages import Members as MembersMessage
+from common.net.server import Server
+from common.service import Seams, Tasks
+from kvbaton.errors import ProtocolError, UnavailableError
+from services.kvstore.blocks import BlockPool
+from services.kvstore.broker import Broker
+from services.kvstore.data import DataServer
+from services.kvstore.ledger import Ledger
+from services.kvstore.members import Members
+
+log = structlog.get_logger()
+
+_GROWTH_SHARE = 16  # one block in so many is kept back for sequences that already run
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Settings of a KV store."""
+
+    name: str = setting("kvstore.1", "name shown to people")
+    bind: str = setting("tcp://127.0.0.1:5570", "where everyone reaches the store")
+    data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
+    kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
+    arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
+    heartbeat_s: float = setting(1.0, "interval of heartbeats", low=0.01)
+    lost_after_s: float = setting(5.0, "silence after which a member is lost", low=0.1)
+    log_level: str = setting("info", "log level", choices="debug info warning error")
+
+
+class KvStore:
+    """One store process. `failed` is set when it cannot go on."""
+
+    def __init__(self, config: StoreConfig, seams: Seams) -> None:
+        self.config = config
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.broker: Broker | None = None  # until the first worker tells the layout
+        self._seams = seams
+        self._tasks = Tasks(self._fail)
+        self._instance_id = seams.rng.new_id()
+        self._cache_secret = bytes.fromhex(seams.rng.new_id())
+        self._arena_path = str(Path(config.arena_dir) / f"{ARENA_PREFIX}{self._instance_id}")
+        self._members = Members(config.lost_after_s)
+        self._peers: dict[str, bytes] = {}  # member id -> routing id
+        self._unwatch: dict[str, Callable[[], None]] = {}  # writers whose end is watched for
+        self._layout: KvLayout | None = None
+        self._fingerprint = ""
+        self._server: Server | None = None
+        self._data: DataServer | None = None
+
+    # ---- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Reserve the arena and bind. Raises ArenaError or TransportError."""
+        disk, config = self._seams.disk, self.config
+        for path in disk.sweep_arenas(config.arena_dir):
+            log.info("stale_arena_removed", path=path)
+        self._arena = disk.create_arena(self._arena_path, config.kv_bytes)
+        welcome = Welcome(instance_id=self._instance_id)
+        self._data = DataServer(self._seams, config.data_bind, self._members, welcome)
+        self._server = Server(
+            self._seams.transport,
+            config.bind,
+            decoder(ToStore),
+            accept=self._accept,
+            handle=lambda peer, message, _bulk: self._handle(peer, message),
+            gone=self._peer_gone,
+        )
+        self._tasks.spawn(self._tick(), "tick")
+        log.info("store_ready", endpoint=self._server.endpoint, arena=self._arena_path)
+
+    @property
+    def endpoint(self) -> str:
+        """Where the control socket is bound."""
+        assert self._server is not None
+        return self._server.endpoint
+
+    async def drain(self) -> None:
+        """Nothing to wait for: without the store the cluster does no work."""
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        for unwatch in self._unwatch.values():
+            unwatch()
+        for server in (self._server, self._data):
+            if server is not None:
+                server.close()
+        self._seams.disk.remove_arena(self._arena_path)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    # ---- membership ---------------------------------------------------------------------------
+
+    def _accept(self, peer: bytes, hello: Hello) -> Welcome:
+        member = hello.member
+        if member.role == "gateway":
+            secret, num_blocks = self._cache_secret, 0
+        else:
+            secret, num_blocks = b"", self._check_model(member)
+        assert self._server is not None
+        former = self._server.peers.get(peer)
+        if former is not None and former.member_id != member.member_id:
+            self._lose(former.member_id, "said hello again", stopped=False)
+        self._members.join(member, self._seams.clock.now())
+        self._peers[member.member_id] = peer
+        self._watch(member)
+        log.info("member_joined", name=member.name, role=member.role, member=member.member_id)
+        if member.role == "gateway":
+            self._members.has_changed = True
+            asyncio.get_running_loop().call_soon(self._show_members)  # after the welcome
+        assert self._data is not None
+        return Welcome(
+            instance_id=self._instance_id,
+            heartbeat_s=self.config.heartbeat_s,
+            arena_path=self._arena_path,
+            data_endpoint=self._data.endpoint,
+            cache_secret=secret,
+            host_id=self._seams.host_id,
+            num_blocks=num_blocks,
+        )
+
+    def _check_model(self, member: Member) -> int:
+        """Number of blocks for this worker. The first worker decides the model and its layout, and
+        so does the first after all others have gone."""
+        layout = member.layout
+        if layout is None:
+            raise ProtocolError("a worker's hello must carry its KV layout")
+        same = layout == self._layout and member.fingerprint == self._fingerprint
+        if not same and self._layout is not None and self._members.num_workers():
+            raise ProtocolError(
+                f"the cluster serves model {self._fingerprint[:12]} with KV {self._layout}, "
+                f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
+                "model with the same dtype"
+            )
+        num_blocks = self.config.kv_bytes // layout.block_bytes
+        if num_blocks < 2:
+            raise ProtocolError(
+                f"--kv-bytes {self.config.kv_bytes} holds no two KV blocks of {layout.block_bytes}"
+            )
+        if not same:
+            self._serve(member, layout, num_blocks)
+        return num_blocks
+
+    def _serve(self, member: Member, layout: KvLayout, num_blocks: int) -> None:
+        if self.broker is not None and self.broker.ledger.pool.counts()["quarantined"]:
+            raise UnavailableError(
+                "workers of the former model may still be writing", retry_after_s=1
+            )
+        ledger = Ledger(
+            BlockPool(num_blocks),
+            layout.block_size,
+            self._seams.rng.new_id,
+            growth_blocks=max(1, num_blocks // _GROWTH_SHARE),
+        )
+        self.broker = Broker(ledger, self._send, self._members.__contains__, self._must_pull)
+        self._layout, self._fingerprint = layout, member.fingerprint
+        assert self._data is not None
+        self._data.serve(ledger, self._arena, layout.block_bytes)
+        log.info("model_set", model=member.model, num_blocks=num_blocks)
+
+    def _may_write(self, member: Member) -> bool:
+        """Whether the member maps the arena, so that its end must be seen before its blocks are
+        used again."""
+        if member.role == "gateway" or member.mover == "zmq":
+            return False
+        return member.mover == "shm" or member.host_id == self._seams.host_id
+
+    def _must_pull(self, member_id: str) -> bool:
+        peer = self._peers.get(member_id)
+        if peer is None or self._server is None:
+            return False
+        return not self._may_write(self._server.peers[peer])
+
+    def _watch(self, member: Member) -> None:
+        def ended() -> None:
+            self._lose(member.member_id, "its process ended", stopped=True)
+
+        if member.host_id == self._seams.host_id:
+            stop = self._seams.processes.on_exit(member.pid, ended)
+            self._unwatch[member.member_id] = stop
+
+    def _lose(self, member_id: str, reason: str, *, stopped: bool) -> None:
+        """A member is lost, or has stopped: then nothing of it needs quarantine any more."""
+        member = self._members.remove(member_id)
+        broker = self.broker
+        if member is not None:
+            log.info("member_lost", name=member.name, member=member_id, reason=reason)
+            stopped |= not self._may_write(member)
+            peer = self._peers.pop(member_id)
+            if broker is not None:
+                broker.lose(member_id, f"{member.name} is lost: {reason}")
+                broker.ledger.lose_writer(member_id)
+            if self._server is not None and self._is_current(peer, member_id):
+                self._server.forget(peer)
+        if stopped:
+            unwatch = self._unwatch.pop(member_id, None)
+            if unwatch is not None:
+                unwatch()
+            if broker is not None:
+                broker.ledger.writer_stopped(member_id)
+        if broker is not None:
+            broker.admit()
+        self._show_members()
+
+    def _is_current(self, peer: bytes, member_id: str) -> bool:
+        assert self._server is not None
+        member = self._server.peers.get(peer)
+        return member is not None and member.member_id == member_id
+
+    def _peer_gone(self, peer: bytes) -> None:
+        for member_id, known in list(self._peers.items()):
+            if known == peer:
+                self._lose(member_id, "it cannot be reached", stopped=False)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.heartbeat_s)
+            for member_id in self._members.expire(self._seams.clock.now()):
+                self._lose(member_id, "it was silent", stopped=False)
+            self._show_members()
+
+    def _show_members(self) -> None:
+        """Tell the gateways, if there is news."""
+        if not self._members.has_changed:
+            return
+        self._members.has_changed = False
+        news = MembersMessage(members=self._members.workers())
+        if self.broker is not None:
+            ledger = self.broker.ledger
+            news.blocks = ledger.pool.counts()
+            news.num_handoffs, news.num_waiting = len(ledger.handoffs), ledger.num_waiting
+        for gateway in self._members.gateways():
+            self._send(gateway.member_id, news)
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def _send(self, member_id: str, message: Message) -> None:
+        peer = self._peers.get(member_id)
+        if peer is not None and self._server is not None:
+            self._server.send(peer, message)
+
+    def _handle(self, peer: bytes, message: Message) -> Message | None:
+        assert self._server is not None
+        member = self._server.peers[peer]
+        if isinstance(message, Heartbeat):
+            now = self._seams.clock.now()
+            if self._members.heard(member.member_id, message.load, message.ready, now):
+                log.info("member_ready", name=member.name, member=member.member_id)
+                self._show_members()
+            return Ok()
+        if isinstance(message, Leave):
+            self._lose(member.member_id, "it left", stopped=True)
+            return None
+        if isinstance(message, Stopped):
+            if message.member_id in self._members:
+                raise ProtocolError("stopped is said of a former incarnation")
+            self._lose(message.member_id, "it stopped", stopped=True)
+            return None
+        if self.broker is None:
+            raise UnavailableError("no worker has joined yet", retry_after_s=1)
+        try:
+            if member.role == "gateway":
+                return self.broker.from_gateway(member.member_id, message)
+            return self.broker.from_worker(member.member_id, message)
+        finally:
+            self.broker.admit()

@@ -1,0 +1,11 @@
+"""`python -m services.prefill`: a prefill worker process."""
+
+from __future__ import annotations
+
+import uvloop
+
+from common.worker.main import worker_main
+from services.prefill.worker import PrefillRole
+
+if __name__ == "__main__":
+    raise SystemExit(uvloop.run(worker_main("prefill", PrefillRole)))

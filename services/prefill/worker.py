@@ -1,0 +1,115 @@
+"""The prefill worker: computes prompts into blocks of the KV store and draws each first token.
+
+The life of a request here:
+1. A gateway sends `prefill` with the prompt, after decode has reserved a place for it.
+2. `fill` asks the store for the blocks: cached ones are final, the rest are ours to write.
+3. The scheduler takes the prompt into steps, chunk by chunk; each full block is committed at once,
+   so that decode can attach to it, or pull it, while the rest is computed.
+4. The last chunk's logits give token 0. It goes straight to the gateway, before the handoff.
+5. `seal` tells the store that we write no more; the store tells decode to claim.
+An abort at any point is confirmed with `quit` once our running step has ended.
+"""
+
+from __future__ import annotations
+
+from common.engine.work import Sampled, Work
+from common.messages import Aborted, Fill, Load, Message, Ok, Prefill, Quit, Seal, StaleError
+from common.worker.runtime import WorkerRuntime
+from common.worker.sequence import Sequence
+from common.worker.store_link import StoreLink
+from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from services.prefill.scheduler import PrefillScheduler
+
+
+class PrefillRole:
+    """Decisions of a prefill worker; common.worker.runtime gives it sockets and steps."""
+
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        config = runtime.config
+        self._runtime = runtime
+        self._scheduler = PrefillScheduler(config.max_num_batched_tokens, config.max_num_seqs)
+        self._sequences: dict[str, Sequence] = {}
+        self._max_held = config.max_num_seqs + config.max_waiting
+
+    def load(self) -> Load:
+        return Load(
+            num_running=len(self._sequences),
+            num_tokens_queued=sum(seq.num_uncomputed for seq in self._sequences.values()),
+            tokens_per_s=self._runtime.tokens_per_s,
+        )
+
+    def sequences(self) -> list[Sequence]:
+        return list(self._sequences.values())
+
+    def stop(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.handoff_id]
+
+    def on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        if not isinstance(message, Prefill):
+            raise ProtocolError(f"a prefill worker does not take {type(message).__name__}")
+        if message.handoff_id in self._sequences:
+            return Ok()  # said before
+        if len(self._sequences) >= self._max_held:
+            raise OverloadedError(
+                f"{len(self._sequences)} prompts are queued here already", retry_after_s=1
+            )
+        sequence = self._runtime.new_sequence(peer, message)
+        self._sequences[message.handoff_id] = sequence
+        self._runtime.tasks.spawn(self._start(sequence), "fill")
+        return Ok()
+
+    def on_store(self, store: StoreLink, message: Message) -> None:
+        if not isinstance(message, Aborted):
+            return
+        sequence = self._sequences.get(message.handoff_id)
+        if sequence is None:
+            store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
+        else:
+            self._runtime.abort(sequence)
+
+    async def _start(self, sequence: Sequence) -> None:
+        """Get the blocks; make the cached ones readable here."""
+        step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
+        if await self._runtime.take_blocks(sequence, step):
+            sequence.joined_at = self._runtime.seams.clock.now()
+            self._scheduler.add(sequence)
+            self._runtime.wake()
+
+    def plan(self) -> list[tuple[Sequence, Work]]:
+        return self._runtime.works(self._scheduler.plan())
+
+    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
+        if sampled is None:
+            return
+        finish_reason = sequence.finish_reason(self._runtime.info)
+        self._runtime.emit(sequence, sampled, finish_reason)
+        self._scheduler.remove(sequence)
+        seal = Seal(
+            handoff_id=sequence.handoff_id,
+            epoch=sequence.epoch,
+            first_token=sampled.token_id,
+            finished=finish_reason is not None,
+        )
+        if self._runtime.store_of(sequence).mover.moves and finish_reason is None:
+            self._runtime.tasks.spawn(self._push_rest(sequence, seal), "push-rest")
+        else:
+            self._runtime.end(sequence, seal)
+
+    async def _push_rest(self, sequence: Sequence, seal: Seal) -> None:
+        """Send the unfinished last block too, which changes hands as it is, then hand over."""
+        runtime = self._runtime
+        with runtime.using(sequence):
+            await runtime.publisher.settle(sequence)
+            rest = sequence.blocks[sequence.num_committed :]
+            mover = runtime.store_of(sequence).mover
+            try:
+                await mover.push(sequence.handoff_id, sequence.epoch, rest)
+            except StaleError:
+                runtime.abort(sequence)
+            except KvbatonError as error:
+                runtime.drop(sequence, "unavailable", error.message)
+            else:
+                runtime.end(sequence, seal)
