@@ -1,0 +1,247 @@
+"""The msgpack face of the gateway: a ROUTER that speaks kvbaton.protocol with client libraries.
+
+The life of a connection: hello, welcome, any number of requests at once. ZeroMQ never says that a
+peer has gone, so a client is forgotten when it cannot be sent to or was silent for too long; what
+it had in flight is then cancelled, and its next message is answered by "hello_required".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgspec
+import structlog
+
+from common.net.liveness import Liveness
+from common.service import Seams, Tasks
+from kvbaton.codec import Decoder, encode
+from kvbaton.errors import (
+    CancelledRequestError,
+    InvalidRequestError,
+    KvbatonError,
+    OverloadedError,
+    ProtocolError,
+    UnavailableError,
+)
+from kvbaton.protocol import (
+    CLIENT_TIMEOUT_S,
+    HELLO_REQUIRED,
+    MAX_REQUEST_BYTES,
+    MAX_REQUESTS_IN_FLIGHT,
+    PROTOCOL_VERSION,
+    Cancel,
+    ClientMessage,
+    Error,
+    GatewayMessage,
+    Generate,
+    Hello,
+    Pong,
+    Welcome,
+    client_message_decoder,
+)
+from services.gateway.backend import Backend
+from services.gateway.client_request import answer
+from services.gateway.text import TextModel
+
+log = structlog.get_logger()
+
+_WATCH_INTERVAL_S = 1.0
+
+
+class _AnyRequest(msgspec.Struct):
+    """What a message of the wrong shape may still tell: which request it was about."""
+
+    id: int
+
+
+class ClientFace:
+    """Serves clients from a backend. `tasks` owns every request.
+
+    Raises common.net.transport.TransportError when `endpoint` cannot be bound.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        endpoint: str,
+        backend: Backend,
+        text: TextModel,
+        *,
+        tasks: Tasks,
+        instance_id: str,
+    ) -> None:
+        self._clock = seams.clock
+        self._rng = seams.rng
+        self._backend = backend
+        self._text = text
+        self._tasks = tasks
+        self._instance_id = instance_id
+        self._decoder = client_message_decoder()
+        self._request_ids: Decoder[_AnyRequest] = Decoder(_AnyRequest, MAX_REQUEST_BYTES)
+        self._clients: dict[bytes, dict[int, asyncio.Task[None]]] = {}  # requests in flight
+        self._liveness: Liveness[bytes] = Liveness(CLIENT_TIMEOUT_S)
+        self._is_draining = False
+        self._socket = seams.transport.router(endpoint, self._on_frames)
+        self.endpoint = self._socket.endpoint
+        self._watcher = tasks.spawn(self._watch(), "client-liveness")
+        log.info("clients_listening", endpoint=self.endpoint)
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that have said hello and were heard from lately."""
+        return len(self._clients)
+
+    def forget_silent(self) -> None:
+        """Forget the clients that were not heard from for CLIENT_TIMEOUT_S."""
+        for peer in self._liveness.expire(self._clock.now()):
+            self._forget(peer, f"silent for {CLIENT_TIMEOUT_S:g} s")
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._is_draining = True
+
+    def close(self) -> None:
+        """Tell every request that it is over, and close the socket. Idempotent."""
+        self.drain()
+        self._watcher.cancel()
+        for peer, requests in list(self._clients.items()):
+            for request_id in list(requests):
+                self._end(peer, requests, request_id, _shutting_down())
+        self._socket.close()
+
+    # ---- connections ----------------------------------------------------------------------------
+
+    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+        if peer in self._clients:
+            self._liveness.heard(peer, self._clock.now())
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"a message is one frame, got {len(frames)}")
+            self._handle(peer, self._decoder.decode(frames[0]))
+        except KvbatonError as error:
+            log.warning("client_message_refused", reason=error.message)
+            self._send(peer, _error(error, self._request_id(peer, frames)))
+
+    def _request_id(self, peer: bytes, frames: list[memoryview]) -> int | None:
+        """Which request a refused message named; None if the answer would end another one."""
+        try:
+            (frame,) = frames
+            request_id = self._request_ids.decode(frame).id
+        except (ProtocolError, ValueError):
+            return None
+        return None if request_id in self._clients.get(peer, ()) else request_id
+
+    def _handle(self, peer: bytes, message: ClientMessage) -> None:
+        if isinstance(message, Hello):
+            self._welcome(peer, message)
+        elif peer not in self._clients:
+            request_id = message.id if isinstance(message, Generate) else None
+            self._send(peer, Error(code=HELLO_REQUIRED, message="say hello first", id=request_id))
+        elif isinstance(message, Generate):
+            self._start(peer, message)
+        elif isinstance(message, Cancel):
+            cancelled = CancelledRequestError("the request was cancelled")
+            self._end(peer, self._clients[peer], message.id, cancelled)
+        else:
+            self._send(peer, Pong(instance_id=self._instance_id))
+
+    def _welcome(self, peer: bytes, hello: Hello) -> None:
+        self._forget(peer, "said hello again")
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"protocol version {hello.protocol_version} is not supported, this gateway speaks "
+                f"{PROTOCOL_VERSION}",
+                field="protocol_version",
+            )
+        self._clients[peer] = {}
+        self._liveness.heard(peer, self._clock.now())
+        self._send(
+            peer,
+            Welcome(
+                protocol_version=PROTOCOL_VERSION,
+                instance_id=self._instance_id,
+                model=self._text.name,
+                max_model_len=self._backend.max_model_len,
+            ),
+        )
+
+    def _send(self, peer: bytes, message: GatewayMessage) -> None:
+        if not self._socket.send(peer, [encode(message)]):
+            self._forget(peer, "cannot be sent to")
+
+    def _forget(self, peer: bytes, reason: str) -> None:
+        requests = self._clients.pop(peer, None)
+        if requests is None:
+            return
+        self._liveness.forget(peer)
+        log.info("client_gone", reason=reason, num_requests=len(requests))
+        for task in requests.values():
+            task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            self.forget_silent()
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def _start(self, peer: bytes, message: Generate) -> None:
+        requests = self._clients[peer]
+        if self._is_draining:
+            raise _shutting_down()
+        if message.id in requests:
+            raise InvalidRequestError(f"request {message.id} is already in flight", field="id")
+        if len(requests) >= MAX_REQUESTS_IN_FLIGHT:
+            raise OverloadedError(
+                f"a connection has at most {MAX_REQUESTS_IN_FLIGHT} requests in flight",
+                retry_after_s=1.0,
+            )
+        requests[message.id] = self._tasks.spawn(
+            self._serve(peer, requests, message), "client-request"
+        )
+
+    async def _serve(
+        self, peer: bytes, requests: dict[int, asyncio.Task[None]], message: Generate
+    ) -> None:
+        answers = answer(message, self._backend, self._text, clock=self._clock, rng=self._rng)
+        failure: KvbatonError | None = None
+        try:
+            async with contextlib.aclosing(answers):
+                async for part in answers:
+                    self._send(peer, part)
+        except KvbatonError as error:
+            failure = error
+        except Exception:
+            log.exception("client_request_failed")
+            failure = KvbatonError("internal error")
+        del requests[message.id]
+        if failure is not None:
+            self._send(peer, _error(failure, message.id))
+
+    def _end(
+        self,
+        peer: bytes,
+        requests: dict[int, asyncio.Task[None]],
+        request_id: int,
+        error: KvbatonError,
+    ) -> None:
+        """End a request from outside; its task says nothing more. Unknown ids are ignored."""
+        task = requests.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+            self._send(peer, _error(error, request_id))
+
+
+def _error(error: KvbatonError, request_id: int | None) -> Error:
+    return Error(
+        code=error.code,
+        message=error.message,
+        id=request_id,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the gateway is shutting down", retry_after_s=1.0)

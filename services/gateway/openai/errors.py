@@ -1,0 +1,63 @@
+"""Errors in the shape that OpenAI clients read: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvbaton.errors import KvbatonError
+
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    415: "unsupported_media_type",
+}
+_TYPES = {429: "rate_limit_error"}
+_RETRY_AFTER_S = 1.0
+# The rest of the body may still be on its way; it is not read as the next request.
+_CLOSING = (408, 413, 415)
+
+
+def error_body(status: int, message: str, code: str, field: str | None = None) -> bytes:
+    """The JSON body of an error answer, also sent as an event when a stream fails."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": field, "code": code}
+    return msgspec.json.encode({"error": error})
+
+
+def kvbaton_error_body(error: KvbatonError) -> bytes:
+    """The same for one of our own errors."""
+    return error_body(error.status, error.message, error.code, error.field)
+
+
+async def on_kvbaton_error(_request: Request, error: Exception) -> Response:
+    """Answers a request that failed; 429 and 503 say when to come back."""
+    assert isinstance(error, KvbatonError)
+    headers = {}
+    if error.status in (429, 503):
+        headers["retry-after"] = str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))
+    return _response(error.status, kvbaton_error_body(error), headers)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Answers what the router or the body reader refused: unknown paths, methods, media types."""
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404:
+        message = f"there is no {request.url.path}"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    code = _CODES[error.status_code]
+    body = error_body(error.status_code, message, code)
+    return _response(error.status_code, body, dict(error.headers or {}))
+
+
+def _response(status: int, body: bytes, headers: dict[str, str]) -> Response:
+    if status in _CLOSING:
+        headers["connection"] = "close"
+    return Response(body, status, headers, media_type="application/json")

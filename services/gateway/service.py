@@ -1,0 +1,106 @@
+"""The gateway process: an HTTP face and a msgpack face over one dispatcher.
+
+The life of a request is told in dispatcher.py; openai/ and clients.py turn it into tokens and its
+tokens into text. A gateway keeps no state that another needs: run as many as you like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from common.config import StartError, setting
+from common.service import Seams, Tasks
+from services.gateway.clients import ClientFace
+from services.gateway.dispatcher import Dispatcher
+from services.gateway.http import HttpFace
+from services.gateway.text import TextModel
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Settings of a gateway."""
+
+    name: str = setting("gateway.1", "name shown to people")
+    model: str = setting("models/demo", "folder of the model, for its tokenizer and chat template")
+    served_model_name: str = setting("", "name clients use; the folder's own name unless given")
+    host: str = setting("127.0.0.1", "address of the HTTP server")
+    http_port: int = setting(8000, "port of the HTTP server; 0 takes a free one", low=0)
+    bind: str = setting("tcp://127.0.0.1:5555", "where msgpack clients reach the gateway")
+    stores: str = setting("tcp://127.0.0.1:5570", "endpoints of the KV stores, comma-separated")
+    mode: str = setting(
+        "disaggregated",
+        "colocated: decode workers compute prompts too",
+        choices="disaggregated colocated",
+    )
+    max_requests: int = setting(4096, "requests served at once", low=1)
+    log_level: str = setting("info", "log level", choices="debug info warning error")
+
+
+class Gateway:
+    """One gateway process. `failed` is set when it cannot go on."""
+
+    def __init__(self, config: GatewayConfig, seams: Seams) -> None:
+        self.config = config
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._seams = seams
+        self._tasks = Tasks(self._fail)
+        self._dispatcher: Dispatcher | None = None
+        self._http: HttpFace | None = None
+        self._clients: ClientFace | None = None
+
+    async def start(self) -> None:
+        """Load the tokenizer, connect to the stores, serve. Raises StartError."""
+        config, seams = self.config, self._seams
+        text = TextModel(Path(config.model), config.served_model_name or None)
+        self._dispatcher = Dispatcher(
+            seams,
+            self._tasks,
+            name=config.name,
+            stores=config.stores.split(","),
+            mode=config.mode,
+            max_requests=config.max_requests,
+        )
+        self._clients = ClientFace(
+            seams,
+            config.bind,
+            self._dispatcher,
+            text,
+            tasks=self._tasks,
+            instance_id=seams.rng.new_id(),
+        )
+        self._http = HttpFace(
+            self._dispatcher,
+            text,
+            clock=seams.clock,
+            rng=seams.rng,
+            tasks=self._tasks,
+            host=config.host,
+            port=config.http_port,
+        )
+        try:
+            await self._http.start()
+        except OSError as error:
+            raise StartError(f"cannot serve HTTP: {error}") from error
+        log.info("gateway_ready", http_port=self._http.port, clients=self._clients.endpoint)
+
+    async def drain(self) -> None:
+        """Requests end with the process: closing cancels them and frees what they hold."""
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+        if self._clients is not None:
+            self._clients.close()
+        await self._tasks.close()
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
