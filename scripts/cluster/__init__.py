@@ -1,0 +1,1 @@
+"""Runs kvbaton's services on one host: names and ports, the keeper, and `scripts/serve`."""

@@ -1,0 +1,141 @@
+"""What `scripts/serve` is asked for, and the environment of the services that follows. Pure.
+
+Flags win over the environment, the environment over the file .env, and all over the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.cluster.identity import ROLES, http_port_of, num_stores_of
+from scripts.cluster.ports import ClusterError, client_port, cluster_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_EPILOG = """\
+Every other setting of the services is a variable KVBATON_<NAME>, in the environment or in the file
+.env: see .env.example and `python -m services.decode --help`.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cluster to run. `environ` is the environment of all its processes."""
+
+    counts: dict[str, int]  # of processes, by role
+    environ: dict[str, str]
+    ports: dict[int, str]
+    http_port: int
+    procfile: Path
+    start_timeout_s: float
+    verbose: bool
+    sample: bool
+
+    @property
+    def host(self) -> str:
+        """The address at which this host reaches its own gateway."""
+        host = self.environ.get("KVBATON_HOST", "127.0.0.1")
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+    @property
+    def http_url(self) -> str:
+        """Where the gateways answer HTTP."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.http_port}"
+
+    @property
+    def client_endpoint(self) -> str:
+        """Where the first gateway takes msgpack clients."""
+        default = f"tcp://127.0.0.1:{client_port(self.http_port, 1)}"
+        return self.environ.get("KVBATON_BIND", default)
+
+
+def parse_plan(
+    argv: Sequence[str], environ: Mapping[str, str], env_file: Mapping[str, str], num_cores: int
+) -> Plan:
+    """Exits with usage if a flag is wrong; raises ClusterError if they do not fit together."""
+    options = _parser().parse_args(argv)
+    merged = {**env_file, **environ, **_settings(options)}
+    http_port = http_port_of(merged)
+    counts = _counts(options, merged, num_cores)
+    merged.setdefault("KVBATON_LOG_LEVEL", "info" if options.verbose else "warning")
+    return Plan(
+        counts=counts,
+        environ=merged,
+        ports=cluster_ports(http_port, counts["gateway"], counts["kvstore"]),
+        http_port=http_port,
+        procfile=options.procfile,
+        start_timeout_s=options.start_timeout,
+        verbose=options.verbose,
+        sample=not options.no_sample,
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve",
+        description="Run a whole cluster on this host until Ctrl-C.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", type=Path, help="folder of the model (default: models/demo)")
+    add("--mode", choices=("disaggregated", "colocated"), help="colocated: no prefill workers")
+    add("--engine", choices=("torch", "mock"), help="mock: tokens without arithmetic")
+    add("--prefill", metavar="N", type=_count, help="prefill workers (default: 1)")
+    add("--decode", metavar="N", type=_count, help="decode workers (default: 1; colocated: cores)")
+    add("--kvstore", metavar="N", type=_count, help="KV stores (default: 1)")
+    add("--gateway", metavar="N", type=_count, help="gateways (default: 1)")
+    add("--threads", metavar="N", type=_count, help="compute threads of each worker (default: 1)")
+    add("--http-port", metavar="PORT", type=_count, help="HTTP port (default: 8000)")
+    add("--kv-bytes", metavar="BYTES", help="KV memory of each store, such as 256M or 4G")
+    add("--batch-invariant", action="store_true", help="same bits whatever the batch; slower")
+    add("--start-timeout", metavar="S", type=float, default=300.0, help="give up after S seconds")
+    add("--no-sample", action="store_true", help="do not show a sample completion")
+    add("--verbose", action="store_true", help="show every log line, not only warnings")
+    add("--procfile", type=Path, default=ROOT / "Procfile", help=argparse.SUPPRESS)
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that are settings of the services, as variables."""
+    values = {
+        "KVBATON_MODEL": options.model and str(options.model.resolve()),
+        "KVBATON_MODE": options.mode,
+        "KVBATON_ENGINE": options.engine,
+        "KVBATON_KVSTORES": options.kvstore,
+        "KVBATON_THREADS": options.threads,
+        "KVBATON_HTTP_PORT": options.http_port,
+        "KVBATON_KV_BYTES": options.kv_bytes,
+        "KVBATON_BATCH_INVARIANT": "true" if options.batch_invariant else None,
+        "KVBATON_LOG_LEVEL": "info" if options.verbose else None,
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _counts(
+    options: argparse.Namespace, environ: Mapping[str, str], num_cores: int
+) -> dict[str, int]:
+    colocated = environ.get("KVBATON_MODE") == "colocated"
+    if colocated and options.prefill:
+        raise ClusterError("--prefill: in colocated mode the decode workers do the prefill")
+    num_threads = environ.get("KVBATON_THREADS", "1")
+    per_core = max(1, num_cores // int(num_threads)) if num_threads.isdecimal() else 1
+    counts = {
+        "gateway": options.gateway or 1,
+        "kvstore": num_stores_of(environ),
+        "prefill": 0 if colocated else options.prefill or 1,
+        "decode": options.decode or (per_core if colocated else 1),
+    }
+    assert set(counts) == set(ROLES)
+    return counts

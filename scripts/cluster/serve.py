@@ -1,0 +1,109 @@
+"""`scripts/serve`: runs a whole cluster on this host, shows that it works, and ends it in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+
+from honcho.environ import parse as parse_env_file
+
+from common.kv.arena import LiveDisk
+from kvbaton.errors import KvbatonError
+from scripts.cluster.honcho import Honcho
+from scripts.cluster.options import ROOT, Plan, parse_plan
+from scripts.cluster.ports import ClusterError
+from scripts.cluster.ready import StartError, check_ports, wait_until_ready
+from scripts.cluster.sample import show_hints, show_sample
+from scripts.cluster.terminal import RED, LogLine, Screen
+
+EXIT_USAGE = 2
+DEFAULT_ARENA_DIR = "/dev/shm"  # noqa: S108 the kvstore's own default
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; no handler of errors in between may swallow it."""
+
+
+def _stop_on_signals() -> None:
+    """Raise Stopped at the first signal; from then on the end is under way."""
+
+    def on_signal(_signum: int, _frame: FrameType | None) -> None:
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        raise Stopped
+
+    for signum in _STOP_SIGNALS:
+        under_nohup = signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
+        if not under_nohup:
+            signal.signal(signum, on_signal)
+
+
+def serve(plan: Plan, screen: Screen) -> int:
+    """Run the cluster until a signal or a failure. Returns the exit status."""
+
+    def on_line(line: LogLine) -> None:
+        if plan.verbose or line.is_important:
+            screen.line(line.render(screen))
+
+    honcho = Honcho(plan, on_line)
+    try:
+        return _run(honcho, plan, screen)
+    except Stopped:
+        return 0
+    finally:
+        _end(honcho, plan, screen)
+
+
+def _run(honcho: Honcho, plan: Plan, screen: Screen) -> int:
+    try:
+        counts = ", ".join(f"{count} {role}" for role, count in plan.counts.items() if count)
+        screen.line(f"kvbaton: {counts}")
+        honcho.start()
+        elapsed_s = wait_until_ready(plan, honcho, screen)
+        screen.line(f"ready after {elapsed_s:.1f} s")
+        if plan.sample:
+            show_sample(plan, screen)
+        show_hints(plan, screen)
+        raise StartError(honcho.wait())
+    except (StartError, KvbatonError) as error:
+        screen.end_progress()
+        screen.line(screen.styled(f"scripts/serve: {error}", RED))
+        return 1
+
+
+def _end(honcho: Honcho, plan: Plan, screen: Screen) -> None:
+    with suppress(OSError):  # of a terminal that is gone
+        screen.progress("stopping")
+    killed = honcho.stop()
+    LiveDisk().sweep_arenas(plan.environ.get("KVBATON_ARENA_DIR", DEFAULT_ARENA_DIR))
+    with suppress(OSError):
+        screen.end_progress()
+        screen.line("stopped" + (f"; had to kill {len(killed)} processes" if killed else ""))
+
+
+def _env_file() -> dict[str, str]:
+    path = ROOT / ".env"
+    return dict(parse_env_file(path.read_text())) if path.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 after a stop by signal, 1 after a failure, 2 for wrong options."""
+    arguments = sys.argv[1:] if argv is None else argv
+    num_cores = len(os.sched_getaffinity(0))
+    try:
+        plan = parse_plan(arguments, os.environ, _env_file(), num_cores)
+        check_ports(plan)
+    except ClusterError as error:
+        print(f"scripts/serve: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    _stop_on_signals()
+    return serve(plan, Screen())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
