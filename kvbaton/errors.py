@@ -1,4 +1,4 @@
-"""Errors a client can see. Each has a stable code and an HTTP status."""
+"""Errors a client can see. Each has a code, an HTTP status, and says if a retry may help."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class KvbatonError(Exception):
 
     code = "internal_error"
     status = 500
+    is_retryable = False
 
     def __init__(
         self, message: str, *, field: str | None = None, retry_after_s: float | None = None
@@ -54,6 +55,7 @@ class UnavailableError(KvbatonError):
 
     code = "unavailable"
     status = 503
+    is_retryable = True
 
 
 class OverloadedError(KvbatonError):
@@ -61,6 +63,7 @@ class OverloadedError(KvbatonError):
 
     code = "overloaded"
     status = 429
+    is_retryable = True
 
 
 class DeadlineError(KvbatonError):
@@ -89,6 +92,7 @@ class ConnectionLostError(KvbatonError):
 
     code = "connection_lost"
     status = 502
+    is_retryable = True
 
 
 _BY_CODE: dict[str, type[KvbatonError]] = {

@@ -122,7 +122,7 @@ class Client:
             Gateway(endpoint, connect_timeout_s=connect_timeout_s, ping_interval_s=ping_interval_s)
         )
         self._request_ids = itertools.count(1)
-        self._close = weakref.finalize(self, self._thread.stop)
+        weakref.finalize(self, self._thread.stop)
 
     def connect(self) -> Welcome:
         """Connect now, and learn which model is served.
@@ -139,7 +139,7 @@ class Client:
 
     def close(self) -> None:
         """Cancel what is in flight and close the connection. Idempotent."""
-        self._close()
+        self._thread.stop()
 
     def __enter__(self) -> Self:
         try:

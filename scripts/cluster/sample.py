@@ -32,7 +32,7 @@ def show_sample(plan: Plan, screen: Screen) -> None:
         generation = _first_answer(client, screen)
         for token in generation:
             screen.part(token.text)
-    screen.line()
+    screen.part("\n")
     assert generation.timings is not None
     assert generation.usage is not None
     screen.line()
@@ -48,25 +48,26 @@ def _first_answer(client: Client, screen: Screen) -> Generation:
             PROMPT, max_tokens=MAX_TOKENS, temperature=0.7, seed=SEED, deadline_s=TIMEOUT_S
         )
         try:
-            screen.part(next(generation).text)
+            first = next(generation, None)
         except UnavailableError as error:
             last = error
             time.sleep(ATTEMPT_INTERVAL_S)
         else:
+            screen.part(first.text if first else "")
             return generation
     raise last
 
 
 def timeline(timings: Timings, usage: Usage) -> list[str]:
     """Where a request's time went, one line for each thing that happened."""
-    workers = [name for name in (timings.prefill_worker, timings.decode_worker) if name]
+    workers = list(dict.fromkeys([timings.prefill_worker, timings.decode_worker]))
     events = [
         (timings.placed_ms, f"placed on {' and '.join(workers)}"),
         (timings.prefilled_ms, f"{usage.num_prompt_tokens} prompt tokens prefilled"),
         (timings.first_token_ms, "first token"),
         (timings.finished_ms, _speed(timings, usage)),
     ]
-    if timings.prefill_worker:  # else the decode worker did it all
+    if len(workers) > 1:
         events.append((timings.handed_over_ms, f"handed over to {timings.decode_worker}"))
     events = sorted((event for event in events if event[0] > 0), key=lambda event: event[0])
     return [f"{at_ms:8.1f} ms  {text}" for at_ms, text in events]

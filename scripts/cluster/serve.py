@@ -48,7 +48,7 @@ def serve(plan: Plan, screen: Screen) -> int:
 
     def on_line(line: LogLine) -> None:
         if plan.verbose or line.is_important:
-            screen.line(line.render(screen))
+            screen.log(line.render(screen))
 
     honcho = Honcho(plan, on_line)
     try:
@@ -67,8 +67,10 @@ def _run(honcho: Honcho, plan: Plan, screen: Screen) -> int:
         elapsed_s = wait_until_ready(plan, honcho, screen)
         screen.line(f"ready after {elapsed_s:.1f} s")
         if plan.sample:
-            show_sample(plan, screen)
-        show_hints(plan, screen)
+            with screen.without_logs():
+                show_sample(plan, screen)
+        with screen.without_logs():
+            show_hints(plan, screen)
         raise StartError(honcho.wait())
     except (StartError, KvbatonError) as error:
         screen.end_progress()

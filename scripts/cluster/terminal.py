@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 DIM, RED, YELLOW, BOLD = "2", "31", "33", "1"
@@ -25,6 +27,8 @@ class Screen:
         self._stream = stream
         self._lock = threading.Lock()
         self._progress = ""
+        self._is_mid_line = False
+        self._held: list[str] | None = None
         self._is_terminal = stream.isatty()
         self._has_colours = self._is_terminal and "NO_COLOR" not in os.environ
 
@@ -35,19 +39,39 @@ class Screen:
     def line(self, text: str = "") -> None:
         """Print a line, above the progress."""
         with self._lock:
-            self._erase()
-            self._write(text + "\n")
-            if self._is_terminal:
-                self._write(self._progress)
+            self._line(text)
 
     def part(self, text: str) -> None:
-        """Print a part of a line."""
+        """Print a part of a line; the next `line` ends it."""
         with self._lock:
             self._write(text)
+            self._is_mid_line = not text.endswith("\n") if text else self._is_mid_line
+
+    def log(self, text: str) -> None:
+        """Print a line that somebody else has written, now or after `without_logs`."""
+        with self._lock:
+            if self._held is None:
+                self._line(text)
+            else:
+                self._held.append(text)
+
+    @contextmanager
+    def without_logs(self) -> Iterator[None]:
+        """Keep together what is printed meanwhile."""
+        with self._lock:
+            self._held = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                for text in self._held:
+                    self._line(text)
+                self._held = None
 
     def progress(self, text: str, detail: str = "") -> None:
         """Say what is going on; `detail`, such as a time, is shown on terminals only."""
         with self._lock:
+            self._end_line()
             if self._is_terminal:
                 self._erase()
                 width = shutil.get_terminal_size().columns - 1
@@ -62,6 +86,18 @@ class Screen:
         with self._lock:
             self._erase()
             self._progress = ""
+
+    def _line(self, text: str) -> None:
+        self._end_line()
+        self._erase()
+        self._write(text + "\n")
+        if self._is_terminal:
+            self._write(self._progress)
+
+    def _end_line(self) -> None:
+        if self._is_mid_line:
+            self._is_mid_line = False
+            self._write("\n")
 
     def _erase(self) -> None:
         if self._is_terminal and self._progress:

@@ -81,6 +81,7 @@ class Ledger:
         new_id: Callable[[], str],
         *,
         growth_blocks: int,
+        prefix_cache: bool = True,
         max_waiting: int = 4096,
     ) -> None:
         self.pool = pool
@@ -90,6 +91,7 @@ class Ledger:
         self._waiting: deque[Handoff] = deque()
         self._new_id = new_id
         self._growth_blocks = growth_blocks
+        self._prefix_cache = prefix_cache
         self._max_waiting = max_waiting
 
     # ---- opening ------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class Ledger:
     def _reserve(self, handoff: Handoff) -> bool:
         # The last position is always computed: its logits are what the first token is drawn from.
         usable = handoff.keys[: (handoff.num_tokens - 1) // self.block_size]
-        cached = self.pool.lookup(usable)
+        cached = self.pool.lookup(usable) if self._prefix_cache else []
         needed = self._blocks_for(handoff.num_tokens) - len(cached)
         room = self.pool.num_available - self.pool.num_cached(cached) - self.num_reserved
         # With nothing else open the growth reserve has nobody to serve.

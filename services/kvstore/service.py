@@ -62,8 +62,9 @@ class StoreConfig:
     data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
     kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
     arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
-    heartbeat_s: float = setting(1.0, "interval of heartbeats", low=0.01)
-    lost_after_s: float = setting(5.0, "silence after which a member is lost", low=0.1)
+    prefix_cache: bool = setting(True, "whether prompts reuse the blocks of earlier ones")
+    heartbeat_s: float = setting(2.0, "interval of heartbeats", low=0.01)
+    lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
     log_level: str = setting("info", "log level", choices="debug info warning error")
 
 
@@ -192,6 +193,7 @@ class KvStore:
             layout.block_size,
             self._seams.rng.new_id,
             growth_blocks=max(1, num_blocks // _GROWTH_SHARE),
+            prefix_cache=self.config.prefix_cache,
         )
         self.broker = Broker(ledger, self._send, self._members.__contains__, self._must_pull)
         self._layout, self._fingerprint = layout, member.fingerprint

@@ -25,7 +25,8 @@ SNIPPET = '''def read(self, size=-1):
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    return loaded.eval()
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,19 @@ def test_progress_without_a_terminal_is_a_line_for_each_change() -> None:
     assert stream.getvalue() == "one\ntwo\nlog\n"
 
 
+def test_logs_do_not_tear_a_text_apart() -> None:
+    stream = io.StringIO()
+    screen = Screen(stream)
+    with screen.without_logs():
+        screen.part("one ")
+        screen.log("log")
+        screen.part("line")
+        screen.part("")
+    screen.part("another")
+    screen.progress("stopping")
+    assert stream.getvalue() == "one line\nlog\nanother\nstopping\n"
+
+
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
 
@@ -168,7 +181,14 @@ def test_a_timeline_tells_what_happened_in_order() -> None:
 
 
 def test_a_timeline_leaves_out_what_did_not_happen() -> None:
-    timings = Timings(placed_ms=1, first_token_ms=2, finished_ms=2, decode_worker="decode.1")
+    timings = Timings(
+        placed_ms=1,
+        handed_over_ms=1,
+        first_token_ms=2,
+        finished_ms=2,
+        prefill_worker="decode.1",
+        decode_worker="decode.1",
+    )
     one_token = Usage(num_prompt_tokens=9, num_output_tokens=1, num_cached_tokens=0)
     assert timeline(timings, one_token) == [
         "     1.0 ms  placed on decode.1",

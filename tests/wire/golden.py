@@ -106,6 +106,7 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
     "error_overloaded": Error(
         id=1, code="overloaded", message="the queue is full", retry_after_s=1.5
     ),
+    "error_cancelled": Error(id=1, code="cancelled", message="the request was cancelled"),
     "error_hello_required": Error(id=1, code="hello_required", message="say hello first"),
     "error_no_id": Error(code="protocol_error", message="a message is one frame, got 2"),
 }

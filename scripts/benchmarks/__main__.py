@@ -1,0 +1,47 @@
+"""Measures one thing on this machine, prints tables and, with --json FILE, writes the figures.
+
+Every figure is a median over alternated rounds, with the 10th and the 90th percentile: machines
+are noisy, and one run says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+# A case is a module of this package with add_options(parser) and run(options) -> Report.
+CASES = {
+    "engine": "decode step against what memory and products allow; prefill",
+    "invariance": "what batch-invariant mode costs, and what happens without it",
+}
+
+
+def main() -> None:
+    """Run the case that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        epilog="\n".join(f"  {name:12} {text}" for name, text in CASES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see scripts/bench CASE --help")
+    given = parser.parse_args()
+    case = importlib.import_module(f"scripts.benchmarks.{given.case}")
+    parser = argparse.ArgumentParser(
+        prog=f"scripts/bench {given.case}",
+        description=case.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    case.add_options(parser)
+    options = parser.parse_args(given.options)
+    report = case.run(options)
+    report.show()
+    if options.json is not None:
+        report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()

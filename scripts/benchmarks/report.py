@@ -1,0 +1,81 @@
+"""What a case found: tables for people, figures for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.benchmarks.measure import Spread
+
+
+class Report:
+    """One run of one case. `settings` says what was measured; figures are added as they come."""
+
+    def __init__(self, case: str, settings: dict[str, Any]) -> None:
+        self.case = case
+        self.settings = settings
+        self.figures: dict[str, Any] = {}
+        self._tables: list[Table] = []
+        self._notes: list[str] = []
+
+    def table(self, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+        """Show a table; all columns but the first are numbers."""
+        table = Table(title=title, title_justify="left")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._tables.append(table)
+
+    def note(self, text: str) -> None:
+        """Show a sentence below the tables."""
+        self._notes.append(text)
+
+    def show(self) -> None:
+        """Print everything."""
+        console = Console()
+        named = {**self.settings, **machine()}
+        console.print(", ".join(f"{name} {value}" for name, value in named.items()), style="dim")
+        for table in self._tables:
+            console.print(table)
+        for note in self._notes:
+            console.print(note)
+
+    def write(self, path: Path) -> None:
+        """Write case, settings, machine and figures as JSON; a Spread becomes its fields."""
+        content = {
+            "case": self.case,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "settings": self.settings,
+            "machine": machine(),
+            "figures": self.figures,
+        }
+        text = json.dumps(content, indent=2, default=_plain)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Spread):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, how many cores this system has, and how busy it is."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
