@@ -1,5 +1,7 @@
 """The client for programs with an event loop.
 
+from kvbaton import AsyncClient
+
 async with AsyncClient("tcp://127.0.0.1:5555") as client:
     async for token in client.generate("def f(", max_tokens=32):
         print(token.text, end="", flush=True)

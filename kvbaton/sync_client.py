@@ -1,5 +1,7 @@
 """The client for programs without an event loop: it runs one on a thread of its own.
 
+from kvbaton import Client
+
 with Client("tcp://127.0.0.1:5555") as client:
     for token in client.generate("def f(", max_tokens=32):
         print(token.text, end="", flush=True)

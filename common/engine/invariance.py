@@ -16,8 +16,9 @@ from torch.nn import functional
 from common.engine.config import ModelError
 from common.engine.linear import Linear
 
-# Steps of at most a half, so that padding stays small; the first is linear.MIN_ROWS.
-ROW_COUNTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Close together where decode batches are, so that padding stays small; the first is
+# linear.MIN_ROWS.
+ROW_COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
 _REFERENCE = 16
 # torch splits element-wise work over threads above this many elements (at::internal::GRAIN_SIZE),
 # and its loops take at most so many at once.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ def pin(core: int | None) -> int:
     return chosen
 
 
-def alternate(parts: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(parts: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
     """Seconds of each part in each round; every other round runs them in the opposite order.
 
     A slow phase of the machine so falls on all parts. One more round comes first and is not kept.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    seconds: dict[K, list[float]] = {name: [] for name in parts}
     for number in range(rounds + 1):
         order = list(parts) if number % 2 == 0 else list(parts)[::-1]
         for name in order:

@@ -76,8 +76,7 @@ async def ask(endpoint: str, asked: list[Request]) -> tuple[list[Output], int]:
         async def one(request: Request) -> tuple[Output, int]:
             stream = client.generate(token_ids=request.prompt, **request.options)
             output = [
-                (token.token_id, token.logprob, tuple(token.top_logprobs))
-                async for token in stream
+                (token.token_id, token.logprob, tuple(token.top_logprobs)) async for token in stream
             ]
             assert stream.usage is not None
             return output, stream.usage.num_cached_tokens

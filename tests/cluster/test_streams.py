@@ -131,8 +131,7 @@ def test_streams_survive_the_kill_of_a_worker(tmp_path: Path, role: str) -> None
                 if role == "decode":
                     assert max(attempts) > 1, "the fault must have hit something"
                 return [
-                    [first.token_id, *tokens]
-                    for first, tokens in zip(started, rest, strict=True)
+                    [first.token_id, *tokens] for first, tokens in zip(started, rest, strict=True)
                 ]
 
         assert asyncio.run(serve()) == [mock_output(prompt, 300) for prompt in prompts]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from kvbaton import AsyncClient, Client
+from kvbaton import AsyncClient, Client, sync_client
 from kvbaton.errors import (
     CancelledRequestError,
     ConnectionLostError,
@@ -70,7 +70,16 @@ def num_threads() -> int:
     return sum(thread.name == "kvbaton-client" for thread in threading.enumerate())
 
 
-def test_the_example_of_the_readme_runs(face: FaceThread) -> None:
+def test_the_example_of_the_module_runs(
+    face: FaceThread, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = (sync_client.__doc__ or "").partition("\n\n")[2]
+    assert "tcp://127.0.0.1:5555" in example
+    exec(example.replace("tcp://127.0.0.1:5555", face.endpoint), {})
+    assert capsys.readouterr().out == TEXT
+
+
+def test_a_generation_gives_tokens_and_then_how_it_ended(face: FaceThread) -> None:
     with Client(face.endpoint) as client:
         stream = client.generate("def f(", max_tokens=32)
         text = "".join(token.text for token in stream)
