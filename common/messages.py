@@ -177,7 +177,8 @@ class Suspend(_HandoffStep, tag="suspend"):
 
 
 class Quit(_HandoffStep, tag="quit"):
-    """A worker told of an abort: my step has ended, I write no more into this handoff's blocks."""
+    """A worker gives a handoff up, or confirms that it was told of an abort: its step has ended, it
+    writes no more into the handoff's blocks."""
 
 
 class Lease(Message, tag="lease"):

@@ -11,7 +11,7 @@ import zmq
 from kvbaton.errors import ConnectionLostError, KvbatonError, ProtocolError
 from kvbaton.protocol import Welcome, gateway_message_decoder
 from kvbaton.session import Event, Session
-from kvbaton.sockets import EventSocket
+from kvbaton.sockets import EventSocket, reason
 
 CLIENT_NAME = "kvbaton-python"
 LINGER_MS = 100  # what closing may cost where the gateway does not take our last words
@@ -38,7 +38,7 @@ class Connection:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise ConnectionLostError(f"cannot connect to {endpoint}: {error.strerror}") from error
+            raise ConnectionLostError(f"cannot connect to {endpoint}: {reason(error)}") from error
         self.session = Session(endpoint, lambda raw: self._socket.send([raw]), CLIENT_NAME)
         self.session.greet()
         loop = asyncio.get_running_loop()

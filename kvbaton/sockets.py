@@ -103,3 +103,8 @@ class EventSocket:
                 raise
         if not self.raw.closed:
             self._schedule()
+
+
+def reason(error: zmq.ZMQError) -> str:
+    """What went wrong, without the address that pyzmq adds to some messages."""
+    return zmq.strerror(error.errno or 0)

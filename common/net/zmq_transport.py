@@ -7,7 +7,7 @@ import re
 import zmq
 
 from common.net.transport import DealerHandler, Frames, RouterHandler, TransportError
-from kvbaton.sockets import EventSocket
+from kvbaton.sockets import EventSocket, reason
 
 LINGER_MS = 200  # what closing waits for last words, a refusal or a goodbye
 _MAPPED_IPV4 = re.compile(r"\[::ffff:([0-9.]+)\]")  # how a socket for both families names IPv4
@@ -30,7 +30,7 @@ class ZmqRouter:
             self._socket.raw.bind(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise TransportError(f"cannot bind {endpoint}: {error.strerror}") from error
+            raise TransportError(f"cannot bind {endpoint}: {reason(error)}") from error
         bound = self._socket.raw.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoint = _MAPPED_IPV4.sub(r"\1", bound)
         self._socket.start()
@@ -53,7 +53,7 @@ class ZmqDealer:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise TransportError(f"cannot connect to {endpoint}: {error.strerror}") from error
+            raise TransportError(f"cannot connect to {endpoint}: {reason(error)}") from error
 
     def send(self, frames: Frames) -> bool:
         return self._socket.send(frames)

@@ -216,8 +216,11 @@ class WorkerRuntime:
         return self.role.on_gateway(peer, message)
 
     def _gateway_gone(self, peer: bytes) -> None:
-        """Its requests end when the store tells that the gateway is lost."""
+        """It cannot be sent to: give its requests up. Through the store it can place them again."""
         self._outputs.pop(peer, None)
+        for sequence in self.role.sequences():
+            if sequence.gateway == peer:
+                self.abort(sequence)
 
     def answer(self, peer: bytes, message: Message) -> None:
         """Answer a gateway's call later than at once."""

@@ -3,7 +3,8 @@
 Cost: two engines on one model, with the mode and without, in alternated rounds. Differences:
 prompts from this project's own source are continued twice, among other sequences each time and cut
 into other chunks; the second time the tokens of the first are forced, so that each position is
-compared by itself. A difference is a token that would have been drawn otherwise.
+compared by itself: whether another token would have been drawn, and whether its log-probability
+differs, in the last bit even.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from common.engine.runner import TorchEngine
-from common.engine.work import Work
+from common.engine.work import Sampled, Work
 from kvbaton.sampling import SamplingParams
 from scripts.benchmarks import engines
 from scripts.benchmarks.engines import DEMO, GREEDY, Bench, make_bench, model_folder, source_prompts
 from scripts.benchmarks.measure import alternate, pin, spread
 from scripts.benchmarks.report import Report
 
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 _PROMPT_TOKENS = 48
@@ -36,7 +38,7 @@ _DECODES = (1, 32, 37)
 _MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "batch-invariant": {"batch_invariant": True},
-    "default, torch attention": {"attention": "torch"},
+    "torch attention": {"attention": "torch"},
 }
 
 
@@ -63,8 +65,12 @@ def run(options: argparse.Namespace) -> Report:
                     found = _differences(engine, prompts, options.tokens)
                 report.figures[f"{name}, {mode}"] = found
                 rows += [(name, mode, kind, *_cells(counts)) for kind, counts in found.items()]
-        columns = ("model", "mode", "sampling", "tokens", "that differ", "sequences")
-        report.table("Tokens that depend on the batch", columns, rows)
+        columns = ("model", "mode", "sampling", "tokens", "differ", "sequences", "logprobs")
+        report.table(
+            "Tokens that depend on the batch, the sequences that have them, log-probabilities",
+            columns,
+            rows,
+        )
     return report
 
 
@@ -106,25 +112,27 @@ def _steps(bench: Bench) -> dict[str, Callable[[], None]]:
 def _differences(
     engine: TorchEngine, prompts: list[list[int]], num_tokens: int
 ) -> dict[str, dict[str, int]]:
-    """How many tokens were compared and how many differ, and how many sequences have such."""
+    """How many tokens were compared, how many differ, and how many sequences have such."""
     bench = make_bench(engine, _MOST_TOGETHER, _PROMPT_TOKENS + num_tokens)
     forced = np.full((len(prompts), num_tokens), -1)
     found = {}
     for kind, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
-        sampling = SamplingParams(temperature=temperature, seed=7)
-        first = _continue(bench, prompts, sampling, 1, forced)
-        differ = first != _continue(bench, prompts, sampling, 2, first)
+        sampling = SamplingParams(temperature=temperature, seed=7, logprobs=0)
+        first, first_logprobs = _continue(bench, prompts, sampling, 1, forced)
+        second, second_logprobs = _continue(bench, prompts, sampling, 2, first)
+        differ = first != second
         found[kind] = {
             "tokens": differ.size,
             "differ": int(differ.sum()),
             "sequences": int(differ.any(axis=1).sum()),
+            "logprobs_differ": int((first_logprobs != second_logprobs).sum()),
         }
     return found
 
 
-def _cells(counts: dict[str, int]) -> tuple[str, str, str]:
-    share = f"{counts['differ']} ({counts['differ'] / counts['tokens']:.3%})"
-    return str(counts["tokens"]), share, str(counts["sequences"])
+def _cells(counts: dict[str, int]) -> tuple[str, ...]:
+    names = ("tokens", "differ", "sequences", "logprobs_differ")
+    return tuple(str(counts[name]) for name in names)
 
 
 def _continue(
@@ -133,13 +141,13 @@ def _continue(
     sampling: SamplingParams,
     seed: int,
     forced: IntArray,
-) -> IntArray:
-    """The tokens drawn, [prompts, num_tokens], in an order and in groups that `seed` decides.
+) -> tuple[IntArray, FloatArray]:
+    """The tokens drawn and their log-probabilities, both [prompts, num_tokens].
 
-    Each position follows on `forced`, of the same shape, or on what was drawn where that is -1.
+    `seed` decides in which groups, and how they are cut. Each position follows on `forced`, of the same shape, or on what was drawn where that is -1.
     """
     rng = np.random.default_rng(seed)
-    drawn = np.empty_like(forced)
+    drawn, logprobs = np.empty_like(forced), np.empty(forced.shape)
     waiting: list[int] = rng.permutation(len(prompts)).tolist()
     while waiting:
         size = int(rng.integers(1, _MOST_TOGETHER + 1))
@@ -148,20 +156,22 @@ def _continue(
         computed = int(rng.integers(1, _PROMPT_TOKENS))
         _step(bench, [tokens[:computed] for tokens in sequences], 0, sampling)
         for place in range(forced.shape[1]):
-            drawn[group, place] = _step(bench, sequences, computed, sampling)
+            results = _step(bench, sequences, computed, sampling)
+            drawn[group, place] = [result.token_id for result in results]
+            logprobs[group, place] = [result.logprob for result in results]
             computed = _PROMPT_TOKENS + place
             follow = np.where(forced[group, place] < 0, drawn[group, place], forced[group, place])
             for tokens, token in zip(sequences, follow.tolist(), strict=True):
                 tokens.append(token)
-    return drawn
+    return drawn, logprobs
 
 
 def _step(
     bench: Bench, sequences: list[list[int]], start: int, sampling: SamplingParams
-) -> list[int]:
-    """Compute each sequence from `start` on; the tokens drawn after them."""
+) -> list[Sampled]:
+    """Compute each sequence from `start` on; what was drawn after it."""
     works = [
         Work(tokens, _PROMPT_TOKENS, start, len(tokens) - start, table, sampling)
         for tokens, table in zip(sequences, bench.tables, strict=False)
     ]
-    return [result.token_id for result in bench.engine.step_sync(works) if result is not None]
+    return [result for result in bench.engine.step_sync(works) if result is not None]

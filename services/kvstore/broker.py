@@ -29,7 +29,8 @@ from common.messages import (
 )
 from common.net.server import failed
 from kvbaton.errors import ProtocolError, UnavailableError
-from services.kvstore.ledger import Handoff, HandoffState, Ledger, OpenRequest
+from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
+from services.kvstore.ledger import Ledger
 
 log = structlog.get_logger()
 
@@ -192,6 +193,12 @@ class Broker:
         self._waiting_calls[handoff.handoff_id] = (worker_id, message.call_id)
 
     def _quit(self, worker_id: str, message: Quit) -> None:
+        """A worker gives up, or confirms an abort."""
+        handoff = self.ledger.handoffs.get(message.handoff_id)
+        if handoff is None or handoff.epoch != message.epoch:
+            return
+        if handoff.needs(worker_id):
+            self._abort(handoff, "a worker gave it up")
         self.ledger.quit(message.handoff_id, worker_id)
 
     def _lease(self, worker_id: str, message: Lease) -> Leased:

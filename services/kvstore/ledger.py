@@ -1,9 +1,7 @@
-"""The ledger: every handoff is a row of one state machine, every block has an owner. Pure.
+"""The ledger: all handoffs and leases of a store; every block has an owner. Pure.
 
-waiting -> reserved -> filling -> sealed -> claimed -> released, or aborted from anywhere. Who may
-write is always one member: prefill while filling, decode once it has claimed. An epoch rises with
-each new owner of a handoff; a message from an older epoch is refused and changes nothing. Messages
-repeated within an epoch give the same state again.
+Each handoff is a row of the state machine in handoff.py. An epoch rises with each new owner of a
+handoff; a message from an older epoch is refused and changes nothing.
 
 Room is promised before work begins: an open handoff holds a reservation for its whole prompt, and
 `growth_blocks` are kept back for sequences that are already running.
@@ -13,62 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 
 from common.messages import StaleError
 from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError
 from services.kvstore.blocks import BlockPool
-
-
-class HandoffState(Enum):
-    """Where a handoff stands."""
-
-    WAITING = "waiting"
-    RESERVED = "reserved"
-    FILLING = "filling"
-    SEALED = "sealed"
-    CLAIMED = "claimed"
-    ABORTING = "aborting"
-
-
-@dataclass(slots=True)
-class Handoff:
-    """One request's KV on its way. `blocks[:num_committed]` are final and pinned by this handoff;
-    the rest are granted to `writer` (none once decode has claimed: they join its lease)."""
-
-    handoff_id: str
-    epoch: int
-    opener: str  # the gateway, or the decode worker that resumes a preempted sequence
-    gateway_id: str
-    prefill_id: str
-    decode_id: str
-    root_key: bytes
-    keys: list[bytes]  # of the prompt's full blocks, then of those that decode filled
-    num_tokens: int
-    state: HandoffState = HandoffState.WAITING
-    blocks: list[int] = field(default_factory=list)
-    num_committed: int = 0
-    num_cached: int = 0
-    num_reserved: int = 0
-    writer: str = ""
-
-    @property
-    def last_key(self) -> bytes:
-        """The parent of the first block whose key is not known yet."""
-        return self.keys[-1] if self.keys else self.root_key
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRequest:
-    """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`."""
-
-    gateway_id: str
-    prefill_id: str
-    decode_id: str
-    root_key: bytes
-    keys: list[bytes]
-    num_tokens: int
+from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
 
 
 class Ledger:
@@ -115,7 +62,6 @@ class Ledger:
         handoff = Handoff(
             handoff_id=self._new_id(),
             epoch=1,
-            opener=request.gateway_id,
             gateway_id=request.gateway_id,
             prefill_id=request.prefill_id,
             decode_id=request.decode_id,
@@ -174,18 +120,7 @@ class Ledger:
         In the second case the handoff is claimed at once and the blocks belong to decode's lease.
         """
         handoff = self._find(handoff_id, epoch)
-        by_decode = member_id == handoff.decode_id
-        if member_id not in (handoff.prefill_id, handoff.decode_id):
-            raise StaleError("not the worker this handoff was opened for")
-        after = HandoffState.CLAIMED if by_decode else HandoffState.FILLING
-        if handoff.state is after and handoff.writer == member_id:
-            return handoff
-        self._expect(handoff, HandoffState.RESERVED)
-        handoff.blocks += self.pool.grant(handoff.num_reserved, member_id)
-        self.num_reserved -= handoff.num_reserved
-        handoff.num_reserved = 0
-        handoff.state = after
-        handoff.writer = member_id
+        self.num_reserved -= handoff.fill(self.pool, member_id)
         return handoff
 
     def commit(
@@ -207,51 +142,24 @@ class Ledger:
         by_decode = handoff is not None and handoff.writer == handoff.decode_id
         if handoff is None or handoff.epoch != epoch or not by_decode:
             handoff = self._find(handoff_id, epoch)
-        self._expect_writer(handoff, member_id)
-        end = first_index + len(blocks)
-        if end <= handoff.num_committed and handoff.blocks[first_index:end] == blocks:
-            return handoff  # said before
-        keys = keys or handoff.keys[first_index:end]
-        if first_index != handoff.num_committed or len(keys) != len(blocks):
-            raise StaleError("commits must follow one another, each block with its key")
-        for block_id in blocks:
-            if not self.pool.is_granted(block_id, member_id):
-                raise StaleError(f"block {block_id} is not the sender's to commit")
-        if len(set(blocks)) != len(blocks):
-            raise StaleError("a block can be committed only once")
-        for block_id, key in zip(blocks, keys, strict=True):
-            self.pool.commit(block_id, key)
-        if first_index >= len(handoff.keys):
-            handoff.keys += keys
-        handoff.blocks[first_index:end] = blocks
-        handoff.num_committed = end
+        handoff.commit(self.pool, member_id, first_index=first_index, blocks=blocks, keys=keys)
         return handoff
 
     def check_writer(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
         """Raise StaleError unless the member may write these blocks for this handoff now."""
-        handoff = self._find(handoff_id, epoch)
-        self._expect_writer(handoff, member_id)
-        if not all(self.pool.is_granted(block_id, member_id) for block_id in blocks):
-            raise StaleError("blocks that are not the sender's to write")
+        self._find(handoff_id, epoch).check_writer(self.pool, member_id, blocks)
 
     def check_reader(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
-        """Raise StaleError unless the member may read these blocks: final ones, and once it has
-        claimed the handoff also the unfinished last one."""
-        handoff = self._find(handoff_id, epoch)
-        if member_id not in (handoff.prefill_id, handoff.decode_id):
-            raise StaleError("not a worker of this handoff")
-        claimed = handoff.state is HandoffState.CLAIMED and handoff.writer == member_id
-        readable = set(handoff.blocks if claimed else handoff.blocks[: handoff.num_committed])
-        if not readable.issuperset(blocks):
-            raise StaleError("blocks that this handoff does not hold")
+        """Raise StaleError unless the member may read these blocks for this handoff now."""
+        self._find(handoff_id, epoch).check_reader(member_id, blocks)
 
     def seal(self, handoff_id: str, epoch: int, member_id: str, *, finished: bool) -> Handoff:
         """Prefill writes no more. `finished`: there is nothing to decode, all is released."""
         handoff = self._find(handoff_id, epoch)
         if handoff.state is HandoffState.SEALED and member_id == handoff.prefill_id:
             return handoff
-        self._expect(handoff, HandoffState.FILLING)
-        self._expect_writer(handoff, member_id)
+        handoff.expect(HandoffState.FILLING)
+        handoff.expect_writer(member_id)
         if finished:
             self._close(handoff)
         else:
@@ -262,22 +170,14 @@ class Ledger:
     def claim(self, handoff_id: str, epoch: int, member_id: str) -> Handoff:
         """Decode takes over; the unfinished last block joins its lease."""
         handoff = self._find(handoff_id, epoch)
-        if member_id != handoff.decode_id:
-            raise StaleError("not the decode worker this handoff was opened for")
-        if handoff.state is HandoffState.CLAIMED:
-            return handoff
-        self._expect(handoff, HandoffState.SEALED)
-        for block_id in handoff.blocks[handoff.num_committed :]:
-            self.pool.hand_on(block_id, member_id)
-        handoff.state = HandoffState.CLAIMED
-        handoff.writer = member_id
+        handoff.claim(self.pool, member_id)
         return handoff
 
     def release(self, handoff_id: str, epoch: int, member_id: str) -> None:
         """Decode is done: committed blocks lose their reader, the rest stay in its lease."""
         handoff = self._find(handoff_id, epoch)
-        self._expect(handoff, HandoffState.CLAIMED)
-        self._expect_writer(handoff, member_id)
+        handoff.expect(HandoffState.CLAIMED)
+        handoff.expect_writer(member_id)
         self._close(handoff)
 
     def suspend(self, handoff_id: str, epoch: int, member_id: str, num_tokens: int) -> Handoff:
@@ -286,8 +186,8 @@ class Ledger:
         Raises TooLargeError if the store could never hold `num_tokens`.
         """
         handoff = self._find(handoff_id, epoch)
-        self._expect(handoff, HandoffState.CLAIMED)
-        self._expect_writer(handoff, member_id)
+        handoff.expect(HandoffState.CLAIMED)
+        handoff.expect_writer(member_id)
         if self._blocks_for(num_tokens) > self.pool.num_blocks:
             raise TooLargeError(
                 f"the sequence has grown to {num_tokens} tokens, the KV store holds "
@@ -296,7 +196,6 @@ class Ledger:
         self._drop_blocks(handoff)
         handoff.num_tokens = num_tokens
         handoff.epoch += 1
-        handoff.opener = member_id
         handoff.state = HandoffState.WAITING
         self._waiting.appendleft(handoff)
         return handoff
@@ -347,16 +246,7 @@ class Ledger:
 
     def handoffs_of(self, member_id: str) -> list[Handoff]:
         """The handoffs that a member opened, fills or decodes."""
-        return [
-            handoff
-            for handoff in self.handoffs.values()
-            if member_id in (handoff.gateway_id, handoff.decode_id)
-            or (
-                member_id == handoff.prefill_id
-                and handoff.state
-                in (HandoffState.WAITING, HandoffState.RESERVED, HandoffState.FILLING)
-            )
-        ]
+        return [handoff for handoff in self.handoffs.values() if handoff.needs(member_id)]
 
     def lose_writer(self, member_id: str) -> None:
         """A member was not heard from: what it may still write into is quarantined."""
@@ -381,15 +271,8 @@ class Ledger:
         del self.handoffs[handoff.handoff_id]
 
     def _drop_blocks(self, handoff: Handoff) -> None:
-        """Unpin what is committed, free what is granted; decode's blocks stay in its lease."""
         self.num_reserved -= handoff.num_reserved
-        handoff.num_reserved = 0
-        self.pool.unpin(handoff.blocks[: handoff.num_committed])
-        if handoff.writer != handoff.decode_id:
-            self.pool.free(handoff.blocks[handoff.num_committed :])
-        handoff.blocks = []
-        handoff.num_committed = 0
-        handoff.writer = ""
+        handoff.drop_blocks(self.pool)
 
     def _find(self, handoff_id: str, epoch: int) -> Handoff:
         handoff = self.handoffs.get(handoff_id)
@@ -398,16 +281,6 @@ class Ledger:
         if handoff.epoch != epoch:
             raise StaleError(f"this handoff is at epoch {handoff.epoch}, not {epoch}")
         return handoff
-
-    @staticmethod
-    def _expect(handoff: Handoff, state: HandoffState) -> None:
-        if handoff.state is not state:
-            raise StaleError(f"this handoff is {handoff.state.value}, not {state.value}")
-
-    @staticmethod
-    def _expect_writer(handoff: Handoff, member_id: str) -> None:
-        if handoff.writer != member_id:
-            raise StaleError("the sender is not the writer of this handoff")
 
     def check(self) -> None:
         """Assert that handoffs and blocks account for one another."""

@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from common.engine.mock import mock_output
+from common.engine.mock import MOCK_LAYOUT, mock_output
 from kvbaton.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -239,5 +239,20 @@ def test_a_restarted_store_is_joined_again() -> None:
             await asyncio.sleep(5 * HEARTBEAT_S)
             assert await output_of(cluster.submit([9] * 40, 30)) == mock_output([9] * 40, 30)
             await cluster.settle()
+
+    simulate(main())
+
+
+@pytest.mark.parametrize("mover", ["auto", "zmq"])
+def test_the_first_token_leaves_before_the_handoff_is_complete(mover: str) -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape(mover=mover)) as cluster:
+            stream = cluster.submit(list(range(10, 1500)), 5)
+            assert await output_of(stream) == mock_output(list(range(10, 1500)), 5)
+            timeline = stream.timeline
+            assert timeline.placed_at < timeline.first_token_at < timeline.handed_over_at
+            (prefill,) = cluster.of_role(PrefillRole)
+            blocks_moved = prefill.stores[0].mover.num_bytes_moved / MOCK_LAYOUT.block_bytes
+            assert blocks_moved == (0 if mover == "auto" else 94)
 
     simulate(main())

@@ -1,0 +1,165 @@
+"""One handoff: its record, its steps, and who may take them. Pure.
+
+waiting -> reserved -> filling -> sealed -> claimed -> released, or aborted from anywhere. Who may
+write is always one member: prefill while filling, decode once it has claimed. A step repeated gives
+the same state again; one that is not due raises StaleError and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from common.messages import StaleError
+from services.kvstore.blocks import BlockPool
+
+
+class HandoffState(Enum):
+    """Where a handoff stands."""
+
+    WAITING = "waiting"
+    RESERVED = "reserved"
+    FILLING = "filling"
+    SEALED = "sealed"
+    CLAIMED = "claimed"
+    ABORTING = "aborting"
+
+
+_BEFORE_SEAL = (HandoffState.WAITING, HandoffState.RESERVED, HandoffState.FILLING)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`."""
+
+    gateway_id: str
+    prefill_id: str
+    decode_id: str
+    root_key: bytes
+    keys: list[bytes]
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Handoff:
+    """One request's KV on its way. `blocks[:num_committed]` are final and pinned by this handoff;
+    the rest are granted to `writer` (none once decode has claimed: they join its lease)."""
+
+    handoff_id: str
+    epoch: int
+    gateway_id: str
+    prefill_id: str
+    decode_id: str
+    root_key: bytes
+    keys: list[bytes]  # of the prompt's full blocks, then of those that decode filled
+    num_tokens: int
+    state: HandoffState = HandoffState.WAITING
+    blocks: list[int] = field(default_factory=list)
+    num_committed: int = 0
+    num_cached: int = 0
+    num_reserved: int = 0
+    writer: str = ""
+
+    @property
+    def last_key(self) -> bytes:
+        """The parent of the first block whose key is not known yet."""
+        return self.keys[-1] if self.keys else self.root_key
+
+    def needs(self, member_id: str) -> bool:
+        """Whether the handoff cannot go on without this member."""
+        if member_id == self.prefill_id and self.state in _BEFORE_SEAL:
+            return True
+        return member_id in (self.gateway_id, self.decode_id)
+
+    def expect(self, state: HandoffState) -> None:
+        """Raise StaleError unless the handoff is in this state."""
+        if self.state is not state:
+            raise StaleError(f"this handoff is {self.state.value}, not {state.value}")
+
+    def expect_writer(self, member_id: str) -> None:
+        """Raise StaleError unless the member is the one that may write."""
+        if self.writer != member_id:
+            raise StaleError("the sender is not the writer of this handoff")
+
+    def fill(self, pool: BlockPool, member_id: str) -> int:
+        """Grant what is reserved to a worker of this handoff; returns the number of blocks."""
+        by_decode = member_id == self.decode_id
+        if member_id not in (self.prefill_id, self.decode_id):
+            raise StaleError("not the worker this handoff was opened for")
+        after = HandoffState.CLAIMED if by_decode else HandoffState.FILLING
+        if self.state is after and self.writer == member_id:
+            return 0
+        self.expect(HandoffState.RESERVED)
+        num_granted = self.num_reserved
+        self.blocks += pool.grant(num_granted, member_id)
+        self.num_reserved = 0
+        self.state = after
+        self.writer = member_id
+        return num_granted
+
+    def commit(
+        self,
+        pool: BlockPool,
+        member_id: str,
+        *,
+        first_index: int,
+        blocks: list[int],
+        keys: list[bytes],
+    ) -> None:
+        """Blocks of the writer are final. Without `keys` those of the prompt hold."""
+        self.expect_writer(member_id)
+        end = first_index + len(blocks)
+        if end <= self.num_committed and self.blocks[first_index:end] == blocks:
+            return  # said before
+        keys = keys or self.keys[first_index:end]
+        if first_index != self.num_committed or len(keys) != len(blocks):
+            raise StaleError("commits must follow one another, each block with its key")
+        for block_id in blocks:
+            if not pool.is_granted(block_id, member_id):
+                raise StaleError(f"block {block_id} is not the sender's to commit")
+        if len(set(blocks)) != len(blocks):
+            raise StaleError("a block can be committed only once")
+        for block_id, key in zip(blocks, keys, strict=True):
+            pool.commit(block_id, key)
+        if first_index >= len(self.keys):
+            self.keys += keys
+        self.blocks[first_index:end] = blocks
+        self.num_committed = end
+
+    def check_writer(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
+        """Raise StaleError unless the member may write these blocks now."""
+        self.expect_writer(member_id)
+        if not all(pool.is_granted(block_id, member_id) for block_id in blocks):
+            raise StaleError("blocks that are not the sender's to write")
+
+    def check_reader(self, member_id: str, blocks: list[int]) -> None:
+        """Raise StaleError unless the member may read these blocks: final ones, and once it has
+        claimed the handoff also the unfinished last one."""
+        if member_id not in (self.prefill_id, self.decode_id):
+            raise StaleError("not a worker of this handoff")
+        claimed = self.state is HandoffState.CLAIMED and self.writer == member_id
+        readable = set(self.blocks if claimed else self.blocks[: self.num_committed])
+        if not readable.issuperset(blocks):
+            raise StaleError("blocks that this handoff does not hold")
+
+    def claim(self, pool: BlockPool, member_id: str) -> None:
+        """Decode takes over; the unfinished last block joins its lease."""
+        if member_id != self.decode_id:
+            raise StaleError("not the decode worker this handoff was opened for")
+        if self.state is HandoffState.CLAIMED:
+            return
+        self.expect(HandoffState.SEALED)
+        for block_id in self.blocks[self.num_committed :]:
+            pool.hand_on(block_id, member_id)
+        self.state = HandoffState.CLAIMED
+        self.writer = member_id
+
+    def drop_blocks(self, pool: BlockPool) -> None:
+        """Unpin what is committed, free what is granted; decode's blocks stay in its lease."""
+        self.num_reserved = 0
+        pool.unpin(self.blocks[: self.num_committed])
+        if self.writer != self.decode_id:
+            pool.free(self.blocks[self.num_committed :])
+        self.blocks = []
+        self.num_committed = 0
+        self.writer = ""
