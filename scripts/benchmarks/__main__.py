@@ -12,6 +12,7 @@ from pathlib import Path
 
 # A case is a module of this package with add_options(parser) and run(options) -> Report.
 CASES = {
+    "colocated": "how to use all cores of a small machine",
     "engine": "decode step against what memory and products allow; prefill",
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -37,12 +36,12 @@ def run(options: argparse.Namespace) -> Report:
     with model_folder(options) as folder:
         engine = TorchEngine(folder, threads=1)
         try:
-            return _measure(options, engine, folder, core)
+            return _measure(options, engine, core)
         finally:
             engine.close()
 
 
-def _measure(options: argparse.Namespace, engine: TorchEngine, folder: Path, core: int) -> Report:
+def _measure(options: argparse.Namespace, engine: TorchEngine, core: int) -> Report:
     sequences, context = options.sequences, options.context
     bench = make_bench(engine, sequences, context)
     linears = list(engine.model.linears())
@@ -52,11 +51,10 @@ def _measure(options: argparse.Namespace, engine: TorchEngine, folder: Path, cor
         linear.in_features * linear.out_features * linear.dtype.itemsize for linear in linears
     )
     kv_bytes = sequences * context * layout.block_bytes // layout.block_size
-    model = options.preset if options.model is None else str(folder)
     report = Report(
         "engine",
         {
-            "model": model,
+            "model": engines.name_of(options),
             "dtype": layout.dtype,
             "core": core,
             "sequences": sequences,

@@ -34,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=15, help="alternated rounds (default: 15)")
 
 
+def name_of(options: argparse.Namespace) -> str:
+    """How the report calls the model."""
+    return str(options.preset if options.model is None else options.model.resolve().name)
+
+
 @contextlib.contextmanager
 def model_folder(options: argparse.Namespace) -> Iterator[Path]:
     """The folder that --model names, or one made of random weights for as long as it is needed."""

@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,12 +33,6 @@ _MOST_TOGETHER = 32
 _CONTEXT = 512
 # 37 rows are padded in batch-invariant mode; 32 are not.
 _DECODES = (1, 32, 37)
-# Attention in torch, whose bits depend on how a prompt is cut, shows that differences are seen.
-_MODES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "batch-invariant": {"batch_invariant": True},
-    "torch attention": {"attention": "torch"},
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,30 +46,27 @@ def run(options: argparse.Namespace) -> Report:
     """Measure."""
     core = pin(options.core)
     with model_folder(options) as folder:
-        model = options.preset if options.model is None else str(options.model)
+        model = engines.name_of(options)
         settings = {"model": model, "core": core, "prompts": options.prompts}
         report = Report("invariance", {**settings, "tokens": options.tokens})
         _add_cost(report, folder, options.rounds)
         rows: list[tuple[str, ...]] = []
-        for name, path in ((model, folder), ("demo", DEMO)):
+        for name, path in {model: folder, "demo": DEMO}.items():
             prompts = source_prompts(path, options.prompts, _PROMPT_TOKENS)
-            for mode, settings in _MODES.items():
-                with _engine(path, **settings) as engine:
+            for mode, invariant in (("default", False), ("invariant", True)):
+                with _engine(path, batch_invariant=invariant) as engine:
                     found = _differences(engine, prompts, options.tokens)
                 report.figures[f"{name}, {mode}"] = found
                 rows += [(name, mode, kind, *_cells(counts)) for kind, counts in found.items()]
         columns = ("model", "mode", "sampling", "tokens", "differ", "sequences", "logprobs")
-        report.table(
-            "Tokens that depend on the batch, the sequences that have them, log-probabilities",
-            columns,
-            rows,
-        )
+        report.table("Compared tokens that depend on the batch", columns, rows)
+        report.note("sequences: with such tokens; logprobs: that differ, in the last bit even")
     return report
 
 
 @contextlib.contextmanager
-def _engine(folder: Path, **settings: Any) -> Iterator[TorchEngine]:
-    engine = TorchEngine(folder, threads=1, **settings)
+def _engine(folder: Path, *, batch_invariant: bool) -> Iterator[TorchEngine]:
+    engine = TorchEngine(folder, threads=1, batch_invariant=batch_invariant)
     try:
         yield engine
     finally:
@@ -84,7 +74,10 @@ def _engine(folder: Path, **settings: Any) -> Iterator[TorchEngine]:
 
 
 def _add_cost(report: Report, folder: Path, rounds: int) -> None:
-    with _engine(folder) as default, _engine(folder, batch_invariant=True) as invariant:
+    with (
+        _engine(folder, batch_invariant=False) as default,
+        _engine(folder, batch_invariant=True) as invariant,
+    ):
         parts = {
             (what, mode): part
             for mode, engine in (("default", default), ("invariant", invariant))
@@ -98,15 +91,15 @@ def _add_cost(report: Report, folder: Path, rounds: int) -> None:
         without, with_mode = map(spread, times)
         report.figures[what] = {"default": without, "invariant": with_mode, "ratio": ratio}
         rows.append((what, without.text(1e3), with_mode.text(1e3), ratio.text(digits=2)))
-    report.table("Milliseconds", ("", "default", "batch-invariant", "ratio"), rows)
+    report.table("Milliseconds", ("", "default", "invariant", "ratio"), rows)
 
 
 def _steps(bench: Bench) -> dict[str, Callable[[], None]]:
     steps: dict[str, Callable[[], None]] = {
-        f"decode step, {count} x {_CONTEXT}": partial(bench.decode, count, _CONTEXT, GREEDY)
+        f"decode {count} x {_CONTEXT}": partial(bench.decode, count, _CONTEXT, GREEDY)
         for count in _DECODES
     }
-    return steps | {f"prefill, 1 x {_CONTEXT}": partial(bench.prefill, _CONTEXT)}
+    return steps | {f"prefill 1 x {_CONTEXT}": partial(bench.prefill, _CONTEXT)}
 
 
 def _differences(
@@ -116,7 +109,7 @@ def _differences(
     bench = make_bench(engine, _MOST_TOGETHER, _PROMPT_TOKENS + num_tokens)
     forced = np.full((len(prompts), num_tokens), -1)
     found = {}
-    for kind, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         sampling = SamplingParams(temperature=temperature, seed=7, logprobs=0)
         first, first_logprobs = _continue(bench, prompts, sampling, 1, forced)
         second, second_logprobs = _continue(bench, prompts, sampling, 2, first)
@@ -144,7 +137,8 @@ def _continue(
 ) -> tuple[IntArray, FloatArray]:
     """The tokens drawn and their log-probabilities, both [prompts, num_tokens].
 
-    `seed` decides in which groups, and how they are cut. Each position follows on `forced`, of the same shape, or on what was drawn where that is -1.
+    `seed` decides in which groups, and how they are cut. Each position follows on `forced`, of the
+    same shape, or on what was drawn where that is -1.
     """
     rng = np.random.default_rng(seed)
     drawn, logprobs = np.empty_like(forced), np.empty(forced.shape)

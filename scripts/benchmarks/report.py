@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.benchmarks.measure import Spread
+
+_WIDTH = 100
 
 
 class Report:
@@ -42,7 +45,7 @@ class Report:
 
     def show(self) -> None:
         """Print everything."""
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH)
         named = {**self.settings, **machine()}
         console.print(", ".join(f"{name} {value}" for name, value in named.items()), style="dim")
         for table in self._tables:

@@ -71,6 +71,9 @@ class Dispatcher:
         self._attempts: set[Attempt] = set()
         self._by_handoff: dict[str, Attempt] = {}
         self._num_requests = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         events = FleetEvents(
             on_tokens=self._on_tokens,
             on_dropped=self._on_dropped,
@@ -79,6 +82,11 @@ class Dispatcher:
             on_store_lost=self._on_store_lost,
         )
         self.fleet = Fleet(seams, tasks, name, stores, events)
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until those in flight have ended."""
+        self._is_draining = True
+        await self._idle.wait()
 
     def close(self) -> None:
         """Close every connection; requests in flight must have ended."""
@@ -93,7 +101,7 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        return any(self._has_workers(store) for store in self.fleet.stores)
+        return not self._is_draining and any(self._has_workers(store) for store in self.fleet.stores)
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         if not self.ready:
@@ -104,6 +112,7 @@ class Dispatcher:
             )
         stream = RequestStream(request, self._clock.now())
         self._num_requests += 1
+        self._idle.clear()
         _RUNNING.inc()
         stream.task = self._tasks.spawn(self._serve(stream), "request")
         stream.task.add_done_callback(lambda _: self._served())
@@ -126,6 +135,8 @@ class Dispatcher:
 
     def _served(self) -> None:
         self._num_requests -= 1
+        if not self._num_requests:
+            self._idle.set()
         _RUNNING.dec()
 
     # ---- a request ------------------------------------------------------------------------------
@@ -222,6 +233,8 @@ class Dispatcher:
         return store.is_up and all(self.fleet.of_role(role, store) for role in roles)
 
     def _unavailable(self) -> UnavailableError:
+        if self._is_draining:
+            return UnavailableError("this gateway is shutting down", retry_after_s=1)
         for store in self.fleet.stores:
             if not store.is_up:
                 return UnavailableError("the KV store cannot be reached", retry_after_s=1)

@@ -90,7 +90,9 @@ class Gateway:
         log.info("gateway_ready", http_port=self._http.port, clients=self._clients.endpoint)
 
     async def drain(self) -> None:
-        """Requests end with the process: closing cancels them and frees what they hold."""
+        """Refuse new requests and finish those in flight; closing cancels what takes too long."""
+        if self._dispatcher is not None:
+            await self._dispatcher.drain()
 
     async def close(self) -> None:
         if self._http is not None:

@@ -24,7 +24,7 @@ from tests.cluster.processes import running
 NUM_REQUESTS = 16
 NUM_TOKENS = 40
 VOCAB = 512
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "shm": {"worker": {"mover": "shm"}},
     "zmq": {"worker": {"mover": "zmq"}},
     "colocated": {"mode": "colocated", "num_prefill": 0, "num_decode": 2},
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def is_greedy(self) -> bool:
-        return self.options["temperature"] == 0
+        return bool(self.options["temperature"] == 0)
 
 
 Output = list[tuple[int, float | None, tuple[tuple[int, float], ...]]]

@@ -46,5 +46,4 @@ def test_throughput_grows_with_the_number_of_workers(tmp_path: Path) -> None:
         with running(folder, num_prefill=size, num_decode=size, worker=WORKER) as cluster:
             rates[size] = asyncio.run(requests_per_s(cluster, size))
     shares = {size: rates[size] / (rates[1] * size) for size in SIZES}
-    print({size: f"{rates[size]:.2f}/s, {shares[size]:.2f} of linear" for size in SIZES})
     assert all(share >= 0.9 for share in shares.values()), shares

@@ -43,11 +43,7 @@ async def test_200_http_streams_at_once_give_the_text_of_their_tokens(tmp_path: 
     rng = random.Random(2)
     prompts = [random_prompt(rng) for _ in range(200)]
     with running(tmp_path, num_prefill=2, num_decode=2, worker=MOCK) as cluster:
-        limits = httpx.Limits(max_connections=None)
-        http = httpx.AsyncClient(limits=limits, timeout=60)
-        async with AsyncOpenAI(
-            base_url=f"{cluster.base_url}/v1", api_key="none", http_client=http
-        ) as client:
+        async with AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="none") as client:
 
             async def one(prompt: list[int]) -> str:
                 stream = await client.completions.create(
