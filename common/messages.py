@@ -340,7 +340,7 @@ FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
     | Aborted | Members
 )  # fmt: skip
-ToWorker = Hello | Heartbeat | Reserve | Prefill
+ToWorker = Hello | Reserve | Prefill
 FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped
 
 

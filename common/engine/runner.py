@@ -41,8 +41,9 @@ class TorchEngine:
         """Load the model of a Hugging Face folder.
 
         `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
-        `device` is cpu (auto too): the pool of KV in GPU memory is still to come. `attention` is
-        one of attention.BACKENDS. Raises ModelError for a folder or settings that cannot be served.
+        `device` is cpu, and auto means it too. `attention` is one of attention.BACKENDS; with torch
+        no code of our own is compiled. Raises ModelError for a folder or settings that cannot be
+        served.
         """
         _check_settings(device, attention, threads, block_size)
         torch.set_num_threads(threads)
@@ -166,7 +167,7 @@ class TorchEngine:
 
 def _check_settings(device: str, attention: str, threads: int, block_size: int | None) -> None:
     if device not in ("auto", "cpu"):
-        raise ModelError(f"device {device!r} is not supported yet; use cpu")
+        raise ModelError(f"device {device!r} is not supported; use cpu")
     if attention == "xformers":
         raise ModelError("attention 'xformers' needs device cuda; use auto")
     if threads < 1:

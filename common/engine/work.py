@@ -14,7 +14,8 @@ from kvbaton.sampling import SamplingParams
 class ModelInfo:
     """What the cluster must know of a model. Workers with equal fingerprints produce equal KV.
 
-    The fingerprint covers weights, configuration, dtype, KV layout and the batch-invariant switch.
+    The fingerprint covers weights, configuration, dtype, KV layout and, in batch-invariant mode,
+    the kernels.
     """
 
     fingerprint: str

@@ -12,7 +12,8 @@ from common.engine.mock import MockEngine
 from common.engine.work import Engine
 from common.service import serve
 from common.worker.config import WorkerConfig
-from common.worker.runtime import Role, WorkerRuntime
+from common.worker.role import Role
+from common.worker.runtime import WorkerRuntime
 
 
 async def make_engine(config: WorkerConfig) -> Engine:

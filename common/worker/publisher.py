@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
 
 from common.messages import Commit, StaleError
 from common.service import Tasks
+from common.worker.endings import Endings
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import ConnectionLostError
 
 
-class Owner(Protocol):
-    """What a publisher needs of the one who owns the sequences."""
-
-    tasks: Tasks
-
-    def hold(self, sequence: Sequence) -> None: ...
-
-    def release(self, sequence: Sequence) -> None: ...
-
-    def drop(self, sequence: Sequence, code: str, reason: str) -> None: ...
-
-
 class Publisher:
     """Commits in order, each sequence by itself; pushes run beside the next step's arithmetic."""
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, tasks: Tasks, endings: Endings) -> None:
+        self._tasks = tasks
+        self._endings = endings
         self._last: dict[Sequence, asyncio.Task[None]] = {}
 
     def publish(self, store: StoreLink, sequence: Sequence, block_size: int) -> None:
@@ -38,9 +27,9 @@ class Publisher:
             for commit in commits:
                 store.link.send(commit)
         elif commits:
-            self._owner.hold(sequence)
+            self._endings.hold(sequence)
             push = self._push(self._last.get(sequence), store, sequence, commits)
-            self._last[sequence] = self._owner.tasks.spawn(push, "publish")
+            self._last[sequence] = self._tasks.spawn(push, "publish")
 
     async def settle(self, sequence: Sequence) -> None:
         """Wait until what was published is in the store, or has failed to get there."""
@@ -67,8 +56,10 @@ class Publisher:
             # Never committed, so these blocks are still ours, and the sequence cannot go on: the
             # keys of its later blocks build on theirs.
             sequence.num_committed = min(sequence.num_committed, commit.first_index)
-            self._owner.drop(sequence, "unavailable", f"blocks could not be sent: {error.message}")
+            self._endings.drop(
+                sequence, "unavailable", f"blocks could not be sent: {error.message}"
+            )
         finally:
             if self._last.get(sequence) is asyncio.current_task():
                 del self._last[sequence]
-            self._owner.release(sequence)
+            self._endings.release(sequence)

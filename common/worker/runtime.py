@@ -1,34 +1,28 @@
 """The shell around a worker's scheduler: what a prefill and a decode worker have in common.
 
-A service (services/prefill, services/decode) gives its decisions as a `Role`. Here are its sockets
-and the endings of its sequences; steps.py runs the engine, stores.py joins the stores.
+A service (services/prefill, services/decode) gives its decisions as a `Role`. Here is its life and
+what gateways say and hear; steps.py runs the engine, stores.py joins the stores, endings.py ends
+sequences.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from common.engine.work import Engine, Sampled, Work
 from common.messages import (
     Claim,
-    Dropped,
     Fill,
     Granted,
-    Heartbeat,
     Hello,
-    Load,
     Member,
     Message,
-    Ok,
     OutputToken,
     OutputTokens,
     Prefill,
-    Quit,
     Reserve,
     StaleError,
     ToWorker,
@@ -38,7 +32,9 @@ from common.messages import (
 from common.net.server import Server
 from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
+from common.worker.endings import Endings
 from common.worker.publisher import Publisher
+from common.worker.role import Role
 from common.worker.sequence import Sequence
 from common.worker.steps import StepLoop
 from common.worker.store_link import StoreLink
@@ -46,34 +42,6 @@ from common.worker.stores import Stores
 from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
 
 log = structlog.get_logger()
-
-
-class Role(Protocol):
-    """What makes a worker a prefill or a decode worker."""
-
-    def load(self) -> Load:
-        """How busy the worker is."""
-
-    def on_gateway(self, peer: bytes, message: Message) -> Message | None:
-        """A request from a gateway; may raise KvbatonError."""
-
-    def on_store(self, store: StoreLink, message: Message) -> None:
-        """A push from a store."""
-
-    def sequences(self) -> list[Sequence]:
-        """Every sequence held, in any state."""
-
-    def stop(self, sequence: Sequence) -> None:
-        """Plan the sequence no more: it is over. Its blocks may still be in use."""
-
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence whose blocks nothing uses any more."""
-
-    def plan(self) -> list[tuple[Sequence, Work]]:
-        """The next step; empty when there is nothing to do now."""
-
-    def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
-        """What the step brought for one sequence; its `num_computed` is already advanced."""
 
 
 class WorkerRuntime:
@@ -91,7 +59,6 @@ class WorkerRuntime:
         self.seams = seams
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.tasks = Tasks(self._fail)
-        self.publisher = Publisher(self)
         self._is_draining = False
         self._instance_id = seams.rng.new_id()
         self._role_name = role_name
@@ -111,7 +78,9 @@ class WorkerRuntime:
         self.info = engine.info
         self.block_size = self.info.layout.block_size
         self.role = self._make_role(self)
-        steps = self._steps = StepLoop(engine, self, self.seams.clock)
+        self.endings = Endings(self.role, self.answer, self.store_of)
+        self.publisher = Publisher(self.tasks, self.endings)
+        steps = self._steps = StepLoop(engine, self, self.endings, self.seams.clock)
         self._server = Server(
             self.seams.transport,
             self.config.bind,
@@ -145,7 +114,7 @@ class WorkerRuntime:
         """Leave the cluster: the gateways place what runs here elsewhere."""
         self._is_draining = True
         for sequence in self.role.sequences():
-            self.drop(sequence, "unavailable", "the worker is shutting down")
+            self.endings.drop(sequence, "unavailable", "the worker is shutting down")
         assert self._steps is not None
         assert self._stores is not None
         async with self._steps.engine_free:  # the running step has ended, none follows
@@ -186,7 +155,7 @@ class WorkerRuntime:
     def _store_lost(self, store: StoreLink) -> None:
         for sequence in self.role.sequences():
             if sequence.store == store.index:
-                self.drop(sequence, "unavailable", "the KV store restarted")
+                self.endings.drop(sequence, "unavailable", "the KV store restarted")
 
     @property
     def stores(self) -> list[StoreLink]:
@@ -209,8 +178,6 @@ class WorkerRuntime:
         return Welcome(instance_id=self._instance_id)
 
     def _on_gateway(self, peer: bytes, message: Message) -> Message | None:
-        if isinstance(message, Heartbeat):
-            return Ok()
         if self._is_draining:
             raise UnavailableError("the worker is shutting down", retry_after_s=1)
         return self.role.on_gateway(peer, message)
@@ -220,7 +187,7 @@ class WorkerRuntime:
         self._outputs.pop(peer, None)
         for sequence in self.role.sequences():
             if sequence.gateway == peer:
-                self.abort(sequence)
+                self.endings.abort(sequence)
 
     def answer(self, peer: bytes, message: Message) -> None:
         """Answer a gateway's call later than at once."""
@@ -269,7 +236,7 @@ class WorkerRuntime:
         False if the sequence ended over it.
         """
         store = self.store_of(sequence)
-        with self.using(sequence):
+        with self.endings.using(sequence):
             try:
                 table = await store.link.call(step)
                 assert isinstance(table, Granted)
@@ -281,9 +248,9 @@ class WorkerRuntime:
                 if not sequence.is_over:
                     await store.mover.pull(sequence.handoff_id, sequence.epoch, missing)
             except StaleError:
-                self.abort(sequence)
+                self.endings.abort(sequence)
             except KvbatonError as error:
-                self.drop(sequence, error.code, error.message)
+                self.endings.drop(sequence, error.code, error.message)
         return not sequence.is_over
 
     def works(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, Work]]:
@@ -292,57 +259,6 @@ class WorkerRuntime:
             (seq, seq.work(num_tokens, self.store_of(seq).slots(seq.blocks)))
             for seq, num_tokens in plan
         ]
-
-    # ---- endings ------------------------------------------------------------------------------
-
-    def drop(self, sequence: Sequence, code: str, reason: str) -> None:
-        """Give a sequence up and tell its gateway, which may place it again."""
-        if sequence.is_over:
-            return
-        log.info("sequence_dropped", handoff=sequence.handoff_id, code=code, reason=reason)
-        dropped = Dropped(handoff_id=sequence.handoff_id, code=code, message=reason)
-        self.answer(sequence.gateway, dropped)
-        self.abort(sequence)
-
-    def abort(self, sequence: Sequence) -> None:
-        """End a sequence; the store learns it when we surely write no more."""
-        self.end(sequence, Quit(handoff_id=sequence.handoff_id, epoch=sequence.epoch))
-
-    def end(self, sequence: Sequence, message: Message) -> None:
-        """The sequence is over; `message` tells the store once nothing uses its blocks."""
-        if sequence.is_over:
-            return
-        sequence.is_over, sequence.ending = True, message
-        self.role.stop(sequence)
-        self._settle(sequence)
-
-    def hold(self, sequence: Sequence) -> None:
-        """Something begins to use the sequence's blocks. Each hold needs a release."""
-        sequence.num_uses += 1
-
-    def release(self, sequence: Sequence) -> None:
-        """The other end of `hold`."""
-        sequence.num_uses -= 1
-        self._settle(sequence)
-
-    @contextmanager
-    def using(self, sequence: Sequence) -> Iterator[None]:
-        """Hold the sequence for a while."""
-        self.hold(sequence)
-        try:
-            yield
-        finally:
-            self.release(sequence)
-
-    def _settle(self, sequence: Sequence) -> None:
-        ending = sequence.ending
-        if ending is None or sequence.num_uses:
-            return
-        sequence.ending = None
-        self.role.remove(sequence)
-        store = self.store_of(sequence)
-        if store.member_id == sequence.incarnation:
-            store.link.send(ending)
 
     # ---- steps --------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import structlog
 
 from common.engine.work import Engine, Sampled, Work
 from common.seams import Clock
+from common.worker.endings import Endings
 from common.worker.sequence import Sequence
 
 log = structlog.get_logger()
@@ -23,15 +24,6 @@ class Planner(Protocol):
     def plan_step(self) -> list[tuple[Sequence, Work]]:
         """The next step; empty when there is nothing to do now."""
 
-    def hold(self, sequence: Sequence) -> None:
-        """The step begins to use the sequence's blocks."""
-
-    def release(self, sequence: Sequence) -> None:
-        """The step's result is applied."""
-
-    def drop(self, sequence: Sequence, code: str, reason: str) -> None:
-        """The engine failed on this sequence."""
-
     def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
         """What the step brought for a sequence that is not over."""
 
@@ -42,12 +34,13 @@ class Planner(Protocol):
 class StepLoop:
     """Runs an engine for a planner. `wake` is set when there may be something to do."""
 
-    def __init__(self, engine: Engine, planner: Planner, clock: Clock) -> None:
+    def __init__(self, engine: Engine, planner: Planner, endings: Endings, clock: Clock) -> None:
         self.wake = asyncio.Event()
         self.engine_free = asyncio.Lock()  # held while a step runs
         self.tokens_per_s = 0.0
         self._engine = engine
         self._planner = planner
+        self._endings = endings
         self._clock = clock
 
     async def run(self) -> None:
@@ -62,19 +55,18 @@ class StepLoop:
                 self.wake.clear()
 
     async def _step(self, plan: list[tuple[Sequence, Work]]) -> None:
-        planner = self._planner
         for sequence, _ in plan:
-            planner.hold(sequence)
+            self._endings.hold(sequence)
         started_at = self._clock.now()
         results = await self._compute([work for _, work in plan])
         self._measure(plan, self._clock.now() - started_at)
         for (sequence, work), result in zip(plan, results, strict=True):
             if isinstance(result, Exception):
-                planner.drop(sequence, "internal_error", f"the engine failed: {result}")
+                self._endings.drop(sequence, "internal_error", f"the engine failed: {result}")
             elif not sequence.is_over:
-                planner.advance(sequence, work, result)
-            planner.release(sequence)
-        planner.step_ended()
+                self._planner.advance(sequence, work, result)
+            self._endings.release(sequence)
+        self._planner.step_ended()
 
     def _measure(self, plan: list[tuple[Sequence, Work]], step_s: float) -> None:
         rate = sum(work.num_tokens for _, work in plan) / max(step_s, 1e-6)

@@ -126,7 +126,7 @@ class DecodeRole:
             if isinstance(message, Aborted):
                 store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
         elif isinstance(message, Aborted):
-            self._runtime.abort(sequence)
+            self._runtime.endings.abort(sequence)
         elif isinstance(message, Filled):
             pull = self._runtime.tasks.spawn(self._pull(sequence, message.blocks), "pull")
             self._pulls.setdefault(sequence.handoff_id, []).append(pull)
@@ -137,7 +137,7 @@ class DecodeRole:
         """Fetch blocks while prefill computes the next ones."""
         sequence.pulled.update(blocks)
         mover = self._runtime.store_of(sequence).mover
-        with self._runtime.using(sequence):
+        with self._runtime.endings.using(sequence):
             try:
                 await mover.pull(sequence.handoff_id, sequence.epoch, blocks)
             except KvbatonError as error:
@@ -202,9 +202,9 @@ class DecodeRole:
         try:
             opened = await store.link.call(suspend, timeout_s=None)
         except StaleError:
-            runtime.abort(sequence)
+            runtime.endings.abort(sequence)
         except KvbatonError as error:
-            runtime.drop(sequence, error.code, error.message)
+            runtime.endings.drop(sequence, error.code, error.message)
         else:
             assert isinstance(opened, HandoffOpened)
             sequence.epoch = opened.epoch
@@ -218,4 +218,4 @@ class DecodeRole:
         self._runtime.emit(sequence, sampled, finish_reason)
         if finish_reason is not None:
             release = Release(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
-            self._runtime.end(sequence, release)
+            self._runtime.endings.end(sequence, release)

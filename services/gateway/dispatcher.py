@@ -101,7 +101,9 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        return not self._is_draining and any(self._has_workers(store) for store in self.fleet.stores)
+        return not self._is_draining and any(
+            self._has_workers(store) for store in self.fleet.stores
+        )
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         if not self.ready:

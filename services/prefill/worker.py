@@ -68,7 +68,7 @@ class PrefillRole:
         if sequence is None:
             store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
         else:
-            self._runtime.abort(sequence)
+            self._runtime.endings.abort(sequence)
 
     async def _start(self, sequence: Sequence) -> None:
         """Get the blocks; make the cached ones readable here."""
@@ -96,20 +96,20 @@ class PrefillRole:
         if self._runtime.store_of(sequence).mover.moves and finish_reason is None:
             self._runtime.tasks.spawn(self._push_rest(sequence, seal), "push-rest")
         else:
-            self._runtime.end(sequence, seal)
+            self._runtime.endings.end(sequence, seal)
 
     async def _push_rest(self, sequence: Sequence, seal: Seal) -> None:
         """Send the unfinished last block too, which changes hands as it is, then hand over."""
         runtime = self._runtime
-        with runtime.using(sequence):
+        with runtime.endings.using(sequence):
             await runtime.publisher.settle(sequence)
             rest = sequence.blocks[sequence.num_committed :]
             mover = runtime.store_of(sequence).mover
             try:
                 await mover.push(sequence.handoff_id, sequence.epoch, rest)
             except StaleError:
-                runtime.abort(sequence)
+                runtime.endings.abort(sequence)
             except KvbatonError as error:
-                runtime.drop(sequence, "unavailable", error.message)
+                runtime.endings.drop(sequence, "unavailable", error.message)
             else:
-                runtime.end(sequence, seal)
+                runtime.endings.end(sequence, seal)

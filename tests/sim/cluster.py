@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from common.engine.mock import MockEngine
 from common.service import Tasks
 from common.worker.config import WorkerConfig
-from common.worker.runtime import Role, WorkerRuntime
+from common.worker.role import Role
+from common.worker.runtime import WorkerRuntime
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest

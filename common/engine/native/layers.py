@@ -29,7 +29,7 @@ class _Placement(ctypes.Structure):
 class NativeLayers:
     """Every row is computed by itself in one fixed order: batch-invariant as it is.
 
-    All tensors must be contiguous, and float32 or bfloat16.
+    Tensors are contiguous, and float32 or bfloat16.
     """
 
     def __init__(self, eps: float, library: ctypes.CDLL) -> None:
@@ -40,9 +40,12 @@ class NativeLayers:
         self._swiglu.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT)
         self._place = library.kvbaton_place
         self._place.argtypes = (*[_POINTER] * 6, _LONG, _INT, _INT)
+        for function in (self._rms_norm, self._swiglu, self._place):
+            function.restype = None
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """See Layers."""
+        assert x.is_contiguous()
         out = torch.empty_like(x)
         self._rms_norm(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, self._eps, *_how(x)
@@ -51,6 +54,7 @@ class NativeLayers:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See Layers."""
+        assert gate_up.is_contiguous()
         rows, both = gate_up.shape
         out = gate_up.new_empty(rows, both // 2)
         self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, *_how(out))

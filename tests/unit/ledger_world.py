@@ -1,0 +1,352 @@
+"""One store's broker and ledger among members who remember what they were given.
+
+Each message goes the way services/kvstore/service.py takes it. Beside the ledger stands what its
+members believe: which blocks each of them may write. `check` compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable
+from enum import Enum
+from typing import Any
+
+from common.kv.hashing import block_key, prompt_keys
+from common.messages import (
+    AbortHandoff,
+    Claim,
+    Commit,
+    Failed,
+    Fill,
+    GiveBack,
+    Granted,
+    HandoffOpened,
+    Lease,
+    Leased,
+    Message,
+    OpenHandoff,
+    Quit,
+    Release,
+    Seal,
+    Suspend,
+)
+from kvbaton.errors import KvbatonError
+from services.kvstore.blocks import BlockPool, BlockState
+from services.kvstore.broker import Broker
+from services.kvstore.handoff import Handoff, HandoffState
+from services.kvstore.ledger import Ledger
+
+BLOCK_SIZE = 2
+ROOT_KEY = b"root"
+
+
+def frozen(value: Any) -> Hashable:
+    """Everything an object consists of, as a value that can be compared and hashed."""
+    if value is None or isinstance(value, str | bytes | int | Enum):
+        return value
+    if isinstance(value, OrderedDict):
+        return tuple((key, frozen(each)) for key, each in value.items())
+    if isinstance(value, dict):
+        return frozenset((key, frozen(each)) for key, each in value.items())
+    if isinstance(value, list | tuple | deque):
+        return tuple(frozen(each) for each in value)
+    if isinstance(value, set):
+        return frozenset(value)
+    if dataclasses.is_dataclass(value):
+        return tuple(frozen(getattr(value, each.name)) for each in dataclasses.fields(value))
+    return None if callable(value) else frozen(vars(value))
+
+
+class LedgerWorld:
+    """`held` maps who was given blocks to them: (member, handoff id) for prefill, which holds them
+    for one handoff, and (member, "") for the lease of decode."""
+
+    def __init__(self, num_blocks: int, members: list[str], *, growth_blocks: int = 1) -> None:
+        numbers = itertools.count(1)
+        self.ledger = Ledger(
+            BlockPool(num_blocks),
+            BLOCK_SIZE,
+            lambda: f"handoff-{next(numbers)}",
+            growth_blocks=growth_blocks,
+        )
+        self.broker = Broker(
+            self.ledger, self._receive, lambda member: member in self.alive, lambda _member: False
+        )
+        self.alive = set(members)
+        self.silent: set[str] = set()  # lost, but may still be writing
+        self.held: dict[tuple[str, str], set[int]] = defaultdict(set)
+        self.content: dict[int, bytes] = {}  # the key of what was last said to be in a block
+        self.unanswered: set[tuple[str, int]] = set()
+        self._num_calls = 0
+
+    def state(self) -> Hashable:
+        """All that decides what can happen next."""
+        held = {owner: blocks for owner, blocks in self.held.items() if blocks}
+        return frozen([self.ledger, self.alive, self.silent, held])
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def tell(self, sender: str, message: Message) -> Message | None:
+        """Deliver a message. Returns the answer, or the message itself if it needs none; None if
+        it was refused, which must change nothing."""
+        before = frozen(self.ledger)
+        handoff = self.ledger.handoffs.get(getattr(message, "handoff_id", ""))
+        state = handoff.state if handoff is not None else None
+        keys = list(handoff.keys) if handoff is not None else []
+        try:
+            if isinstance(message, OpenHandoff | AbortHandoff):
+                answer = self.broker.from_gateway(sender, message)
+            else:
+                answer = self.broker.from_worker(sender, message)
+        except KvbatonError:
+            assert frozen(self.ledger) == before
+            return None
+        if isinstance(message, OpenHandoff | Suspend):
+            self.unanswered.add((sender, message.call_id))
+        if handoff is not None and state is not None:
+            self._believe(sender, message, answer, handoff, state, keys)
+        if isinstance(answer, Leased):
+            self.held[sender, ""].update(answer.blocks)
+        if isinstance(message, GiveBack):
+            self.held[sender, ""].difference_update(message.blocks)
+        self.broker.admit()
+        return answer or message
+
+    def _believe(
+        self,
+        sender: str,
+        message: Message,
+        answer: Message | None,
+        handoff: Handoff,
+        state: HandoffState,
+        keys: list[bytes],
+    ) -> None:
+        mine = (sender, "" if sender == handoff.decode_id else handoff.handoff_id)
+        if isinstance(answer, Granted) and handoff.state is not state:
+            self.held[mine].update(answer.blocks[answer.num_committed :])
+        if isinstance(message, Commit):
+            said = message.keys or keys[message.first_index :]
+            for block, key in zip(message.blocks, said, strict=False):
+                if block in self.held[mine]:
+                    self.held[mine].remove(block)
+                    self.content[block] = key
+        if isinstance(message, Seal) or (
+            isinstance(message, Quit) and message.epoch == handoff.epoch
+        ):
+            self.held.pop((sender, handoff.handoff_id), None)
+
+    def _receive(self, member: str, message: Message) -> None:
+        if member in self.alive and isinstance(message, HandoffOpened | Failed):
+            self.unanswered.remove((member, message.call_id))
+
+    def _call_id(self) -> int:
+        self._num_calls += 1
+        return self._num_calls
+
+    # ---- a gateway's ----------------------------------------------------------------------------
+
+    def open(self, gateway: str, prefill: str, decode: str, tokens: list[int]) -> Message | None:
+        return self.tell(
+            gateway,
+            OpenHandoff(
+                call_id=self._call_id(),
+                request_id="request",
+                prefill_id=prefill,
+                decode_id=decode,
+                root_key=ROOT_KEY,
+                keys=prompt_keys(ROOT_KEY, tokens, BLOCK_SIZE),
+                num_tokens=len(tokens),
+            ),
+        )
+
+    def abort(self, gateway: str, handoff_id: str) -> None:
+        self.tell(gateway, AbortHandoff(handoff_id=handoff_id))
+
+    # ---- a worker's: `epoch_shift` makes them stale ---------------------------------------------
+
+    def _epoch(self, handoff_id: str, epoch_shift: int) -> int:
+        handoff = self.ledger.handoffs.get(handoff_id)
+        return (handoff.epoch if handoff is not None else 1) + epoch_shift
+
+    def fill(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(sender, Fill(handoff_id=handoff_id, epoch=epoch))
+
+    def commit(
+        self, sender: str, handoff_id: str, num_blocks: int = 1, epoch_shift: int = 0
+    ) -> Message | None:
+        """The next blocks of a handoff, with what `sender` has for them, as an honest worker would:
+        first those of the block table, then spare ones."""
+        handoff = self.ledger.handoffs.get(handoff_id)
+        if handoff is None:
+            first, blocks, keys = 0, [0], []
+        else:
+            first = handoff.num_committed
+            blocks = handoff.blocks[first:] + self.spare(sender)
+            blocks, keys = blocks[:num_blocks], []
+            if first < len(handoff.keys):
+                blocks = blocks[: len(handoff.keys) - first]
+            else:
+                key = handoff.last_key
+                for _ in blocks:
+                    key = block_key(key, [7, 7])
+                    keys.append(key)
+        epoch = self._epoch(handoff_id, epoch_shift)
+        commit = Commit(
+            handoff_id=handoff_id, epoch=epoch, first_index=first, blocks=blocks, keys=keys
+        )
+        return self.tell(sender, commit)
+
+    def seal(
+        self, sender: str, handoff_id: str, *, finished: bool = False, epoch_shift: int = 0
+    ) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(
+            sender, Seal(handoff_id=handoff_id, epoch=epoch, first_token=5, finished=finished)
+        )
+
+    def claim(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(sender, Claim(handoff_id=handoff_id, epoch=epoch))
+
+    def release(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(sender, Release(handoff_id=handoff_id, epoch=epoch))
+
+    def suspend(
+        self, sender: str, handoff_id: str, num_more_tokens: int = 0, epoch_shift: int = 0
+    ) -> Message | None:
+        handoff = self.ledger.handoffs.get(handoff_id)
+        num_tokens = num_more_tokens + (handoff.num_tokens if handoff is not None else 1)
+        return self.tell(
+            sender,
+            Suspend(
+                call_id=self._call_id(),
+                handoff_id=handoff_id,
+                epoch=self._epoch(handoff_id, epoch_shift),
+                num_tokens=num_tokens,
+            ),
+        )
+
+    def quit(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(sender, Quit(handoff_id=handoff_id, epoch=epoch))
+
+    def lease(self, sender: str, num_blocks: int) -> None:
+        self.tell(sender, Lease(num_blocks=num_blocks))
+
+    def give_back(self, sender: str, blocks: list[int]) -> None:
+        self.tell(sender, GiveBack(blocks=blocks))
+
+    def spare(self, member: str) -> list[int]:
+        """Leased blocks that are in no block table."""
+        in_use = {
+            block
+            for handoff in self.ledger.handoffs.values()
+            if handoff.writer == member
+            for block in handoff.blocks
+        }
+        return sorted(self.held[member, ""] - in_use)
+
+    def advance(self, handoff_id: str) -> None:
+        """What an honest worker would do next with a handoff."""
+        handoff = self.ledger.handoffs.get(handoff_id)
+        if handoff is None:
+            return
+        num_full = handoff.num_tokens // BLOCK_SIZE
+        match handoff.state:
+            case HandoffState.RESERVED:
+                # the epoch tells that decode goes on from a suspension
+                by_decode = handoff.epoch > 1
+                self.fill(handoff.decode_id if by_decode else handoff.prefill_id, handoff_id)
+            case HandoffState.FILLING if handoff.num_committed < num_full:
+                self.commit(handoff.writer, handoff_id)
+            case HandoffState.FILLING:
+                self.seal(handoff.writer, handoff_id)
+            case HandoffState.SEALED:
+                self.claim(handoff.decode_id, handoff_id)
+            case HandoffState.CLAIMED if handoff.num_committed <= num_full:
+                self.commit(handoff.writer, handoff_id)
+            case HandoffState.CLAIMED:
+                self.release(handoff.writer, handoff_id)
+            case HandoffState.ABORTING if handoff.writer in self.alive:
+                self.quit(handoff.writer, handoff_id)
+
+    # ---- life and death -------------------------------------------------------------------------
+
+    def lose(self, member: str) -> None:
+        """The member is not heard from. It may still be writing."""
+        self.alive.remove(member)
+        self.silent.add(member)
+        self.unanswered = {call for call in self.unanswered if call[0] != member}
+        self.broker.lose(member, "it was silent")
+        self.ledger.lose_writer(member)
+        self.broker.admit()
+
+    def stop(self, member: str) -> None:
+        """The member has ended, or says that it writes no more."""
+        if member in self.alive:
+            self.lose(member)
+        self.silent.remove(member)
+        for owner in [owner for owner in self.held if owner[0] == member]:
+            del self.held[owner]
+        self.ledger.writer_stopped(member)
+        self.broker.admit()
+
+    def end(self) -> None:
+        """Every request ends, every writer quits or stops: nothing may be left but cache."""
+        for handoff in list(self.ledger.handoffs.values()):
+            self.abort(handoff.gateway_id, handoff.handoff_id)
+        for member in sorted(self.silent):
+            self.stop(member)
+        for handoff in list(self.ledger.handoffs.values()):
+            self.quit(handoff.writer, handoff.handoff_id)
+        for member in sorted(self.alive):
+            self.give_back(member, sorted(self.held[member, ""]))
+        self.check()
+        assert self.ledger.handoffs == {}
+        assert self.ledger.num_reserved == self.ledger.num_waiting == 0
+        assert self.unanswered == set()
+        counts = self.ledger.pool.counts()
+        assert counts["free"] + counts["cached"] == self.ledger.pool.num_blocks
+
+    # ---- invariants -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert that every block which somebody may write is known to the ledger as theirs."""
+        self.ledger.check()
+        pool = self.ledger.pool
+        assert sum(pool.counts().values()) == pool.num_blocks
+        owners = self._owners()
+        for block_id in range(pool.num_blocks):
+            block = pool[block_id]
+            if block_id not in owners:
+                assert block.state not in (BlockState.GRANTED, BlockState.QUARANTINED)
+                continue
+            member, handoff_id = owners[block_id]
+            if handoff_id:
+                is_over = self.ledger.handoffs[handoff_id].state is HandoffState.ABORTING
+            else:
+                is_over = member in self.silent
+                assert block.writer == member
+            assert block.state is (BlockState.QUARANTINED if is_over else BlockState.GRANTED)
+
+    def _owners(self) -> dict[int, tuple[str, str]]:
+        """Who may write each block, or for whom it waits; no block has two such."""
+        owned = [(block, owner) for owner, blocks in self.held.items() for block in blocks]
+        for handoff in self.ledger.handoffs.values():
+            rest = handoff.blocks[handoff.num_committed :]
+            if handoff.state is HandoffState.SEALED:
+                owned += [(block, ("", handoff.handoff_id)) for block in rest]
+            if handoff.state is HandoffState.WAITING:
+                assert handoff.blocks == []
+            if handoff.state is HandoffState.ABORTING:
+                assert handoff.writer in self.alive | self.silent
+            for block, key in zip(handoff.blocks, handoff.keys, strict=False):
+                if block not in rest:
+                    assert self.content[block] == key
+        owners = dict(owned)
+        assert len(owners) == len(owned)
+        return owners
