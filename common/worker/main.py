@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ async def make_engine(config: WorkerConfig) -> Engine:
 
 
 def _load_engine(config: WorkerConfig) -> Engine:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     from common.engine.runner import TorchEngine
 
     return TorchEngine(
