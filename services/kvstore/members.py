@@ -15,7 +15,6 @@ class Members:
         self._members: dict[str, Member] = {}
         self._ready: set[str] = set()
         self._liveness: Liveness[str] = Liveness(lost_after_s)
-        self.has_changed = False  # what gateways are shown, since the owner last cleared it
 
     def __contains__(self, member_id: str) -> bool:
         return member_id in self._members
@@ -31,17 +30,14 @@ class Members:
         self._liveness.heard(member_id, now)
         if load != member.load:
             self._members[member_id] = msgspec.structs.replace(member, load=load)
-            self.has_changed = True
         is_new = ready and member_id not in self._ready
         if is_new:
             self._ready.add(member_id)
-            self.has_changed = True
         return is_new
 
     def remove(self, member_id: str) -> Member | None:
         """The member has left or is lost. None if it was removed before."""
         self._liveness.forget(member_id)
-        self.has_changed |= member_id in self._ready
         self._ready.discard(member_id)
         return self._members.pop(member_id, None)
 

@@ -83,6 +83,7 @@ class KvStore:
         self._members = Members(config.lost_after_s)
         self._peers: dict[str, bytes] = {}  # member id -> routing id
         self._unwatch: dict[str, Callable[[], None]] = {}  # writers whose end is watched for
+        self._shown: MembersMessage | None = None  # what gateways were told last
         self._layout: KvLayout | None = None
         self._fingerprint = ""
         self._server: Server | None = None
@@ -148,7 +149,7 @@ class KvStore:
         self._watch(member)
         log.info("member_joined", name=member.name, role=member.role, member=member.member_id)
         if member.role == "gateway":
-            self._members.has_changed = True
+            self._shown = None
             asyncio.get_running_loop().call_soon(self._show_members)  # after the welcome
         assert self._data is not None
         return Welcome(
@@ -264,14 +265,14 @@ class KvStore:
 
     def _show_members(self) -> None:
         """Tell the gateways, if there is news."""
-        if not self._members.has_changed:
-            return
-        self._members.has_changed = False
         news = MembersMessage(members=self._members.workers())
         if self.broker is not None:
             ledger = self.broker.ledger
             news.blocks = ledger.pool.counts()
             news.num_handoffs, news.num_waiting = len(ledger.handoffs), ledger.num_waiting
+        if news == self._shown:
+            return
+        self._shown = news
         for gateway in self._members.gateways():
             self._send(gateway.member_id, news)
 
