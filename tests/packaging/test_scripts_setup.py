@@ -98,7 +98,7 @@ def test_dev_adds_to_cluster_and_keeps_its_torch(
     result(start(folder))
     installed(tmp_path)
     assert result(start(folder, "dev"))[0] == 0
-    assert installed(tmp_path) == ["--editable .[dev]", "--no-deps xformers==0.0.35"]
+    assert installed(tmp_path) == ["--editable .[cluster,dev]", "--no-deps xformers==0.0.35"]
     assert result(start(folder, "cluster")) == (0, [])
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_venv_is_made_anew(tmp_path: Path, folder: Path, start: Setup)
     assert "the packages are damaged; installing them anew" in said
     assert installed(tmp_path)[-3:] == [
         "torch==2.13.*",
-        "--editable .[dev]",
+        "--editable .[cluster,dev]",
         "--no-deps xformers==0.0.35",
     ]
 
