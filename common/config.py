@@ -30,10 +30,10 @@ def setting(default: Any, help_text: str, *, low: float | None = None, choices: 
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes such as 268435456, 256M or 1.5G. Raises ValueError."""
+    """A number of bytes such as 268435456, 256M or 1.5G. Raises ValueError or OverflowError."""
     text = text.strip().upper().removesuffix("B").removesuffix("I")
     unit = _UNITS.get(text[-1:], 1)
-    return int(float(text.rstrip("KMGT")) * unit)
+    return int(float(text[:-1] if unit > 1 else text) * unit)
 
 
 def _convert(field: dataclasses.Field[Any], kind: Any, text: str) -> Any:
@@ -45,7 +45,7 @@ def _convert(field: dataclasses.Field[Any], kind: Any, text: str) -> Any:
             value = parse_bytes(text)
         else:
             value = kind(text)
-    except (ValueError, KeyError) as error:
+    except (ValueError, OverflowError, KeyError) as error:
         raise ConfigError(f"{flag} must be of type {kind.__name__}, got {text!r}") from error
     low, choices = field.metadata["low"], field.metadata["choices"]
     if low is not None and not value >= low:

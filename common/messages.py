@@ -6,7 +6,7 @@ and request ids are 32 hexadecimal digits; a block is named by its number in the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -25,6 +25,13 @@ class StaleError(KvbatonError):
     status = 409
 
 
+# What a number or an id may be is checked where bytes become messages, not by each handler.
+MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Block = Count
+TokenId = Count
+
+
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"):
     """Base of all; unknown keys are ignored, so that a newer peer may add fields."""
 
@@ -37,26 +44,26 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"
 class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    num_tokens_queued: int = 0
-    tokens_per_s: float = 0.0
+    num_running: Count = 0
+    num_waiting: Count = 0
+    num_tokens_queued: Count = 0
+    tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """A process of the cluster. `member_id` is new at each start: an incarnation, not a name."""
 
-    member_id: str
-    role: str  # gateway, prefill, decode
+    member_id: MemberId
+    role: Annotated[str, msgspec.Meta(pattern="^(gateway|prefill|decode)$")]
     name: str  # decode.2, for people
     host_id: str
     pid: int
     endpoint: str = ""
     fingerprint: str = ""
     model: str = ""
-    max_model_len: int = 0
-    max_num_seqs: int = 0
-    mover: str = "shm"
+    max_model_len: Count = 0
+    max_num_seqs: Count = 0
+    mover: Annotated[str, msgspec.Meta(pattern="^(auto|shm|zmq)$")] = "shm"
     layout: KvLayout | None = None
     load: Load = Load()
 
@@ -108,7 +115,7 @@ class Leave(Message, tag="leave"):
 class Stopped(Message, tag="stopped"):
     """The sender's earlier incarnation `member_id` has ended its last step and writes no more."""
 
-    member_id: str
+    member_id: MemberId
 
 
 # ---- to the store -------------------------------------------------------------------------------
@@ -119,11 +126,11 @@ class OpenHandoff(Message, tag="open"):
     there is room. `keys` are those of the prompt's full blocks, `root_key` their first parent."""
 
     request_id: str
-    prefill_id: str
-    decode_id: str
+    prefill_id: MemberId
+    decode_id: MemberId
     root_key: bytes
     keys: list[bytes]
-    num_tokens: int
+    num_tokens: Count
 
 
 class AbortHandoff(Message, tag="abort"):
@@ -132,7 +139,6 @@ class AbortHandoff(Message, tag="abort"):
 
     handoff_id: str = ""
     open_call_id: int = 0
-    reason: str = "cancelled"
 
 
 class _HandoffStep(Message):
@@ -149,15 +155,15 @@ class Fill(_HandoffStep, tag="fill"):
 class Commit(_HandoffStep, tag="commit"):
     """Blocks from `first_index` on are full and final. Without `keys` the prompt's keys hold."""
 
-    first_index: int
-    blocks: list[int]
+    first_index: Count
+    blocks: list[Block]
     keys: list[bytes] = []
 
 
 class Seal(_HandoffStep, tag="seal"):
     """Prefill: the prompt is computed and `first_token` drawn. `finished`: no more is to do."""
 
-    first_token: int
+    first_token: TokenId
     finished: bool = False
 
 
@@ -173,7 +179,7 @@ class Suspend(_HandoffStep, tag="suspend"):
     """Decode: preempted. Drops all blocks, keeps the handoff; answered by HandoffOpened when there
     is room to go on, with what is left pinned. `num_tokens` counts prompt and output."""
 
-    num_tokens: int
+    num_tokens: Count
 
 
 class Quit(_HandoffStep, tag="quit"):
@@ -184,25 +190,25 @@ class Quit(_HandoffStep, tag="quit"):
 class Lease(Message, tag="lease"):
     """Decode: give me up to this many free blocks to grow into. Answered by Leased."""
 
-    num_blocks: int
+    num_blocks: Count
 
 
 class GiveBack(Message, tag="give_back"):
     """Decode: these leased blocks are free again."""
 
-    blocks: list[int]
+    blocks: list[Block]
 
 
 class PutBlocks(_HandoffStep, tag="put"):
     """Bytes of blocks, one frame each, for an arena the sender cannot map. Answered by ok."""
 
-    blocks: list[int]
+    blocks: list[Block]
 
 
 class GetBlocks(_HandoffStep, tag="get"):
     """Ask for the bytes of blocks that the handoff holds. Answered by BlockBytes and frames."""
 
-    blocks: list[int]
+    blocks: list[Block]
 
 
 # ---- from the store -----------------------------------------------------------------------------
@@ -285,11 +291,10 @@ class Reserve(Message, tag="reserve"):
     handoff_id: str
     epoch: int
     store: int
-    tokens: list[int]
-    num_prompt_tokens: int
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    num_prompt_tokens: Count
     sampling: SamplingParams
-    choice: int
-    num_cached_blocks: int = 0
+    choice: Count
     prefill_here: bool = False
 
 
@@ -299,18 +304,18 @@ class Prefill(Message, tag="prefill"):
     handoff_id: str
     epoch: int
     store: int
-    tokens: list[int]
-    num_prompt_tokens: int
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    num_prompt_tokens: Count
     sampling: SamplingParams
-    choice: int
+    choice: Count
 
 
 class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One token of one request; `index` counts the request's output from 0."""
 
     handoff_id: str
-    index: int
-    token_id: int
+    index: Count
+    token_id: TokenId
     logprob: float = 0.0
     top_logprobs: list[tuple[int, float]] = []
     finish_reason: str | None = None

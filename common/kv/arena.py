@@ -49,9 +49,9 @@ class LiveDisk:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(descriptor, 0, num_bytes)
             return memoryview(mmap.mmap(descriptor, num_bytes))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self.remove_arena(path)
-            if error.errno == errno.ENOSPC:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise _no_room(path, num_bytes) from error
             raise ArenaError(f"cannot reserve {num_bytes} bytes in {path}: {error}") from error
         finally:
@@ -65,6 +65,8 @@ class LiveDisk:
             except OSError:
                 continue  # another user's, or gone by now
             try:
+                if not os.fstat(descriptor).st_size:
+                    continue  # just made, and not locked yet
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
                 swept.append(str(path))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
+
+
+Extent = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
 
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,12 +19,12 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     `first_kv_head` and `num_kv_heads` give the head range, for workers that hold some of the heads.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: str
-    first_kv_head: int = 0
+    num_layers: Extent
+    num_kv_heads: Extent
+    head_dim: Extent
+    block_size: Extent
+    dtype: Annotated[str, msgspec.Meta(pattern="^(bfloat16|float16|float32|uint8)$")]
+    first_kv_head: Annotated[int, msgspec.Meta(ge=0, le=2**16)] = 0
 
     @property
     def block_bytes(self) -> int:

@@ -49,17 +49,22 @@ class Link:
         self._last_call_id = 0
         self._hello_call_id = 0
         self._hello_at = 0.0
+        self._must_greet = False
         self._loop = asyncio.get_running_loop()
         self._socket = transport.dealer(endpoint, self._on_frames)
         self._say_hello()
 
     def send(self, message: Message, bulk: Sequence[Frame] = ()) -> None:
-        """Queue a message without waiting for an answer. A full queue loses it, as a dead peer
-        would; the heartbeats that then go unanswered tell."""
+        """Queue a message without waiting for an answer. One that cannot be queued is lost, and
+        with it what the two ends know of each other: we then start anew with a hello."""
         if not self._send(message, bulk):
             log.warning("message_not_sent", endpoint=self.endpoint, type=type(message).__name__)
+            self._fail_all("the connection took no more messages")
+            self._must_greet = True
 
     def _send(self, message: Message, bulk: Sequence[Frame]) -> bool:
+        if self._must_greet and not self._say_hello():
+            return False
         return self._socket.send([encode(message), *bulk])
 
     async def call(
@@ -109,12 +114,13 @@ class Link:
         self._fail_all("the connection was reset")
         self._say_hello()
 
-    def _say_hello(self) -> None:
+    def _say_hello(self) -> bool:
         hello = self._hello()
         self._hello_at = self._loop.time()
         self._last_call_id += 1
         self._hello_call_id = hello.call_id = self._last_call_id
-        self.send(hello)
+        self._must_greet = not self._socket.send([encode(hello)])
+        return not self._must_greet
 
     def _fail(self, call_id: int, reason: str) -> None:
         future = self._calls.get(call_id)
@@ -122,7 +128,10 @@ class Link:
             future.set_exception(ConnectionLostError(f"{self.endpoint}: {reason}"))
 
     def _fail_all(self, reason: str) -> None:
-        for call_id in list(self._calls):
+        self._fail_before(self._last_call_id + 1, reason)
+
+    def _fail_before(self, end: int, reason: str) -> None:
+        for call_id in [call_id for call_id in self._calls if call_id < end]:
             self._fail(call_id, reason)
 
     def _on_frames(self, frames: list[memoryview]) -> None:
@@ -132,7 +141,8 @@ class Link:
             log.error("message_refused", endpoint=self.endpoint, reason=str(error))
             return
         if isinstance(message, Welcome):
-            self._fail_all("the other end had forgotten this connection")
+            # Calls made after our hello are good: the other end takes messages in order.
+            self._fail_before(message.call_id, "the other end had forgotten this connection")
             self._welcomed(message)
         elif isinstance(message, Failed):
             self._on_failed(message)

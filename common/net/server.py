@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -33,7 +34,8 @@ class Server:
     """A ROUTER that speaks common.messages.
 
     `accept(peer, hello)` answers a hello with a welcome or raises KvbatonError to refuse it.
-    `gone(peer)` is called once when a peer can no longer be sent to, or was replaced.
+    `gone(peer, member)` is called, later and not from within a send, when a peer could no longer be
+    sent to: it is forgotten, and must say hello again.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class Server:
         *,
         accept: Callable[[bytes, Hello], Welcome],
         handle: Handler,
-        gone: Callable[[bytes], None],
+        gone: Callable[[bytes, Member], None],
     ) -> None:
         self._decoder = decoder
         self._accept = accept
         self._handle = handle
         self._gone = gone
+        self._loop = asyncio.get_running_loop()
         self.peers: dict[bytes, Member] = {}
         self._socket = transport.router(endpoint, self._on_frames)
         self.endpoint = self._socket.endpoint
@@ -60,13 +63,14 @@ class Server:
             return False
         if self._socket.send(peer, [encode(message), *bulk]):
             return True
-        self.forget(peer)
+        member = self.forget(peer)
+        if member is not None:
+            self._loop.call_soon(self._gone, peer, member)
         return False
 
-    def forget(self, peer: bytes) -> None:
-        """Treat the peer as gone. It is welcome again when it says hello."""
-        if self.peers.pop(peer, None) is not None:
-            self._gone(peer)
+    def forget(self, peer: bytes) -> Member | None:
+        """Listen to the peer no more until it says hello again. Returns who it was."""
+        return self.peers.pop(peer, None)
 
     def close(self) -> None:
         self._socket.close()
@@ -83,6 +87,10 @@ class Server:
             if isinstance(error, ProtocolError):
                 log.warning("message_refused", reason=error.message)
             answer = failed(error, call_id)
+        except Exception:
+            # A defect here; the peer must not wait for an answer, nor others suffer.
+            log.exception("message_failed")
+            answer = failed(KvbatonError("internal error"), call_id)
         if answer is not None:
             answer.call_id = call_id
             self._socket.send(peer, [encode(answer)])

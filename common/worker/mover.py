@@ -27,8 +27,10 @@ class Mover(Protocol):
     async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
         """Make blocks that were written here readable elsewhere."""
 
-    async def pull(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
-        """Make final blocks readable here."""
+    async def pull(
+        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
+    ) -> None:
+        """Make final blocks readable here, while they are wanted: nothing is written after that."""
 
 
 class ShmMover:
@@ -40,7 +42,9 @@ class ShmMover:
     async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
         """Nothing moves."""
 
-    async def pull(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
+    async def pull(
+        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
+    ) -> None:
         """Nothing moves."""
 
 
@@ -61,35 +65,42 @@ class ZmqMover:
         self.num_bytes_moved = 0
 
     async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
-        await self._in_batches(self._push_batch, handoff_id, epoch, blocks)
+        async def push_batch(batch: list[int]) -> None:
+            message = PutBlocks(handoff_id=handoff_id, epoch=epoch, blocks=batch)
+            await self._link.call(message, [self._bytes(block) for block in batch])
 
-    async def pull(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
-        await self._in_batches(self._pull_batch, handoff_id, epoch, blocks)
+        await self._in_batches(push_batch, blocks)
 
-    async def _in_batches(
-        self,
-        move: Callable[[str, int, list[int]], Awaitable[None]],
-        handoff_id: str,
-        epoch: int,
-        blocks: Sequence[int],
+    async def pull(
+        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
     ) -> None:
-        batches = [blocks[i : i + self._batch] for i in range(0, len(blocks), self._batch)]
-        await asyncio.gather(*(move(handoff_id, epoch, list(batch)) for batch in batches))
+        async def pull_batch(batch: list[int]) -> None:
+            message = GetBlocks(handoff_id=handoff_id, epoch=epoch, blocks=batch)
+            answer, frames = await self._link.call_bulk(message)
+            assert isinstance(answer, BlockBytes)
+            if is_wanted():
+                for block, frame in zip(batch, frames, strict=True):
+                    self._bytes(block)[:] = frame
+
+        await self._in_batches(pull_batch, blocks)
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
 
-    async def _push_batch(self, handoff_id: str, epoch: int, blocks: list[int]) -> None:
-        async with self._credits:
-            message = PutBlocks(handoff_id=handoff_id, epoch=epoch, blocks=blocks)
-            await self._link.call(message, [self._bytes(block) for block in blocks])
-            self.num_bytes_moved += len(blocks) * self._block_bytes
+    async def _in_batches(
+        self, move: Callable[[list[int]], Awaitable[None]], blocks: Sequence[int]
+    ) -> None:
+        """Move blocks in messages of bounded size, with bounded bytes under way. All have ended
+        when this does, also when one has failed: nothing reads or writes memory after that."""
 
-    async def _pull_batch(self, handoff_id: str, epoch: int, blocks: list[int]) -> None:
-        async with self._credits:
-            message = GetBlocks(handoff_id=handoff_id, epoch=epoch, blocks=blocks)
-            answer, frames = await self._link.call_bulk(message)
-            assert isinstance(answer, BlockBytes)
-            for block, frame in zip(blocks, frames, strict=True):
-                self._bytes(block)[:] = frame
-            self.num_bytes_moved += len(blocks) * self._block_bytes
+        async def move_batch(batch: list[int]) -> None:
+            async with self._credits:
+                await move(batch)
+                self.num_bytes_moved += len(batch) * self._block_bytes
+
+        batches = [list(blocks[i : i + self._batch]) for i in range(0, len(blocks), self._batch)]
+        moves = (move_batch(batch) for batch in batches)
+        results = await asyncio.gather(*moves, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from common.messages import Commit, StaleError
+from common.messages import Commit
 from common.service import Tasks
 from common.worker.endings import Endings
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
-from kvbaton.errors import ConnectionLostError
+from kvbaton.errors import KvbatonError
 
 
 class Publisher:
@@ -52,7 +52,7 @@ class Publisher:
                     break  # an earlier one failed
                 await store.mover.push(commit.handoff_id, commit.epoch, commit.blocks)
                 store.link.send(commit)
-        except (StaleError, ConnectionLostError) as error:
+        except KvbatonError as error:
             # Never committed, so these blocks are still ours, and the sequence cannot go on: the
             # keys of its later blocks build on theirs.
             sequence.num_committed = min(sequence.num_committed, commit.first_index)

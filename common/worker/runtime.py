@@ -87,7 +87,7 @@ class WorkerRuntime:
             decoder(ToWorker),
             accept=lambda _peer, hello: self._accept(hello),
             handle=lambda peer, message, _bulk: self._on_gateway(peer, message),
-            gone=self._gateway_gone,
+            gone=lambda peer, _member: self._gateway_gone(peer),
         )
         stores = self._stores = Stores(
             self.seams,
@@ -222,6 +222,7 @@ class WorkerRuntime:
             epoch=message.epoch,
             store=message.store,
             incarnation=self.stores[message.store].member_id,
+            first_slot=self.stores[message.store].first_slot,
             gateway=gateway,
             tokens=message.tokens,
             num_prompt_tokens=message.num_prompt_tokens,
@@ -238,7 +239,8 @@ class WorkerRuntime:
         store = self.store_of(sequence)
         with self.endings.using(sequence):
             try:
-                table = await store.link.call(step)
+                # Without a time limit: an answer that nobody waits for would leak what it grants.
+                table = await store.link.call(step, timeout_s=None)
                 assert isinstance(table, Granted)
                 sequence.granted(table, self.block_size)
                 readable = table.num_committed if isinstance(step, Fill) else len(table.blocks)
@@ -246,19 +248,22 @@ class WorkerRuntime:
                     block for block in table.blocks[:readable] if block not in sequence.pulled
                 ]
                 if not sequence.is_over:
-                    await store.mover.pull(sequence.handoff_id, sequence.epoch, missing)
+                    await self.pull(sequence, missing)
             except StaleError:
                 self.endings.abort(sequence)
             except KvbatonError as error:
                 self.endings.drop(sequence, error.code, error.message)
         return not sequence.is_over
 
+    async def pull(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Make final blocks readable here, unless the sequence ends meanwhile: the store may then
+        have given its blocks to another. Raises KvbatonError."""
+        mover = self.store_of(sequence).mover
+        await mover.pull(sequence.handoff_id, sequence.epoch, blocks, lambda: not sequence.is_over)
+
     def works(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, Work]]:
         """A scheduler's plan as the engine wants it."""
-        return [
-            (seq, seq.work(num_tokens, self.store_of(seq).slots(seq.blocks)))
-            for seq, num_tokens in plan
-        ]
+        return [(sequence, sequence.work(num_tokens)) for sequence, num_tokens in plan]
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -285,7 +290,7 @@ class WorkerRuntime:
     def step_ended(self) -> None:
         if not self._outputs:
             return
+        outputs, self._outputs = self._outputs, {}
         load = self.role.load()
-        for peer, tokens in self._outputs.items():
+        for peer, tokens in outputs.items():
             self.answer(peer, OutputTokens(tokens=tokens, load=load))
-        self._outputs = {}

@@ -30,7 +30,9 @@ class Sequence:
     choice: int
     arrived_at: float
     joined_at: float = 0.0  # when it could first be planned; 0 once its gateway has been told
+    first_slot: int = 0  # what to add to a block's number to find it in the engine's memory
     blocks: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # where the blocks lie
     num_computed: int = 0
     num_committed: int = 0
     num_known_keys: int = 0
@@ -52,6 +54,7 @@ class Sequence:
     def granted(self, table: Granted, block_size: int) -> None:
         """Take over the block table the store gave."""
         self.blocks = table.blocks
+        self.slots = [block + self.first_slot for block in table.blocks]
         self.num_committed = table.num_committed
         self.num_computed = min(table.num_committed * block_size, len(self.tokens) - 1)
         self.num_known_keys = table.num_keys
@@ -62,14 +65,24 @@ class Sequence:
         self.num_computed = len(self.tokens)
         self.tokens.append(first_token)
 
-    def work(self, num_tokens: int, slots: list[int]) -> Work:
+    def grow(self, block: int) -> None:
+        """Take a block for the positions to come."""
+        self.blocks.append(block)
+        self.slots.append(block + self.first_slot)
+
+    def lose_blocks(self) -> None:
+        """All blocks are given up; what they held is computed again unless it is found."""
+        self.blocks, self.slots, self.num_committed, self.num_computed = [], [], 0, 0
+        self.pulled.clear()
+
+    def work(self, num_tokens: int) -> Work:
         """The next `num_tokens` positions as the engine wants them."""
         return Work(
             tokens=self.tokens,
             num_prompt_tokens=self.num_prompt_tokens,
             start=self.num_computed,
             num_tokens=num_tokens,
-            slots=slots,
+            slots=self.slots,
             sampling=self.sampling,
             choice=self.choice,
             sample=self.num_computed + num_tokens == len(self.tokens),

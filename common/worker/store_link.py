@@ -134,8 +134,12 @@ class StoreLink:
             hello=hello,
             welcomed=lambda _: None,
             handle=lambda _: None,
-            refused=self._refused,
+            refused=self._data_refused,
         )
+
+    def _data_refused(self, error: KvbatonError) -> None:
+        """A restarted store may be reached here before it has welcomed us on the other socket."""
+        log.info("data_hello_refused", store=self.link.endpoint, reason=error.message)
 
     async def _beat(self) -> None:
         while True:
@@ -148,12 +152,6 @@ class StoreLink:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
 
     # ---- blocks -------------------------------------------------------------------------------
-
-    def slots(self, blocks: list[int]) -> list[int]:
-        """Where the blocks lie in the engine's memory."""
-        if not self.first_slot:
-            return blocks
-        return [block + self.first_slot for block in blocks]
 
     def commits(self, sequence: Sequence, block_size: int) -> list[Commit]:
         """The commits that have become due. Bytes that move must arrive before they are sent."""
@@ -181,8 +179,8 @@ class StoreLink:
             if incarnation == self.member_id:
                 lease.add(leased.blocks)
                 lease.starved = not leased.blocks and not lease
-        except ConnectionLostError:
-            log.warning("lease_lost", store=self.link.endpoint)
+        except KvbatonError as error:
+            log.warning("lease_failed", store=self.link.endpoint, reason=error.message)
         finally:
             lease.asking = False
 

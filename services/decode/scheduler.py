@@ -82,7 +82,7 @@ class DecodeScheduler:
         block = lease.take()
         if block is None:
             return False
-        sequence.blocks.append(block)
+        sequence.grow(block)
         return True
 
     def _youngest(self, store: int, preempted: list[Sequence]) -> Sequence:

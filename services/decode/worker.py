@@ -9,13 +9,14 @@ The life of a request here:
 4. At the end `release` leaves the committed blocks behind as cache.
 With `prefill_here` step 2 is replaced: the blocks are asked for with `fill`, and the prompt is
 computed in chunks between the tokens of the others. When blocks run out the youngest sequence is
-suspended: it gives up its blocks, waits for room, and goes on the same way.
+suspended: it gives up its blocks and its place, waits for room, then for a place, and goes on the
+same way.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 
 import structlog
 
@@ -41,9 +42,12 @@ from common.worker.runtime import WorkerRuntime
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from services.decode.places import Places
 from services.decode.scheduler import DecodeScheduler
 
 log = structlog.get_logger()
+
+_MAX_OVER = 4096  # how many early aborts are remembered
 
 
 class DecodeRole:
@@ -56,15 +60,16 @@ class DecodeRole:
         self._sequences: dict[str, Sequence] = {}
         self._prefill_here: set[str] = set()
         self._pulls: dict[str, list[asyncio.Task[None]]] = {}  # under way, by handoff id
-        self._waiting: deque[tuple[str, bytes, int]] = deque()  # handoff id, gateway, call id
-        self._max_num_seqs = config.max_num_seqs
+        self._places = Places(config.max_num_seqs)
+        self._reserving: dict[str, int] = {}  # the call that a place answers, by handoff id
+        self._over: OrderedDict[str, None] = OrderedDict()  # ended before they were asked for here
         self._max_held = config.max_num_seqs + config.max_waiting
         self.num_preemptions = 0
 
     def load(self) -> Load:
         return Load(
-            num_running=len(self._sequences) - len(self._waiting),
-            num_waiting=len(self._waiting),
+            num_running=self._places.num_taken,
+            num_waiting=len(self._sequences) - self._places.num_taken,
             num_tokens_queued=self._scheduler.num_tokens_queued(),
             tokens_per_s=self._runtime.tokens_per_s,
         )
@@ -80,10 +85,11 @@ class DecodeRole:
         del self._sequences[handoff_id]
         self._prefill_here.discard(handoff_id)
         self._pulls.pop(handoff_id, None)
-        for waiting in [waiting for waiting in self._waiting if waiting[0] == handoff_id]:
-            self._waiting.remove(waiting)
-            _, peer, call_id = waiting
-            self._runtime.answer(peer, failed(StaleError("the handoff is over"), call_id))
+        self._places.leave(handoff_id)
+        call_id = self._reserving.pop(handoff_id, None)
+        if call_id is not None:
+            error = StaleError("the handoff is over")
+            self._runtime.answer(sequence.gateway, failed(error, call_id))
         store = self._runtime.store_of(sequence)
         if sequence.incarnation == store.member_id:
             store.lease.add(sequence.blocks[sequence.num_committed :])
@@ -95,6 +101,8 @@ class DecodeRole:
     def on_gateway(self, peer: bytes, message: Message) -> Message | None:
         if not isinstance(message, Reserve):
             raise ProtocolError(f"a decode worker does not take {type(message).__name__}")
+        if message.handoff_id in self._over:
+            raise StaleError("the handoff is over")
         if message.handoff_id in self._sequences:
             return Ok()  # said before
         if len(self._sequences) >= self._max_held:
@@ -104,17 +112,20 @@ class DecodeRole:
         self._sequences[message.handoff_id] = self._runtime.new_sequence(peer, message)
         if message.prefill_here:
             self._prefill_here.add(message.handoff_id)
-        self._waiting.append((message.handoff_id, peer, message.call_id))
+        self._reserving[message.handoff_id] = message.call_id
+        self._places.ask(message.handoff_id)
         self._fill_places()
         return None
 
     def _fill_places(self) -> None:
-        """Give free places to those who wait, in order."""
-        while self._waiting and len(self._sequences) - len(self._waiting) < self._max_num_seqs:
-            handoff_id, peer, call_id = self._waiting.popleft()
-            self._runtime.answer(peer, Ok(call_id=call_id))
-            if handoff_id in self._prefill_here:
-                self._runtime.tasks.spawn(self._fill(self._sequences[handoff_id]), "fill")
+        """Give free places to those who wait: to start, or to go on after they were suspended."""
+        for handoff_id in self._places.give():
+            sequence = self._sequences[handoff_id]
+            call_id = self._reserving.pop(handoff_id, None)
+            if call_id is not None:
+                self._runtime.answer(sequence.gateway, Ok(call_id=call_id))
+            if call_id is None or handoff_id in self._prefill_here:
+                self._runtime.tasks.spawn(self._fill(sequence), "fill")
 
     # ---- what the store tells -------------------------------------------------------------------
 
@@ -124,6 +135,7 @@ class DecodeRole:
         sequence = self._sequences.get(message.handoff_id)
         if sequence is None:
             if isinstance(message, Aborted):
+                self._refuse_later(message.handoff_id)
                 store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
         elif isinstance(message, Aborted):
             self._runtime.endings.abort(sequence)
@@ -133,13 +145,18 @@ class DecodeRole:
         else:
             self._runtime.tasks.spawn(self._claim(sequence, message.first_token), "claim")
 
+    def _refuse_later(self, handoff_id: str) -> None:
+        """An abort can be faster than the reserve it ends, which then must not take a place."""
+        self._over[handoff_id] = None
+        if len(self._over) > _MAX_OVER:
+            self._over.popitem(last=False)
+
     async def _pull(self, sequence: Sequence, blocks: list[int]) -> None:
         """Fetch blocks while prefill computes the next ones."""
         sequence.pulled.update(blocks)
-        mover = self._runtime.store_of(sequence).mover
         with self._runtime.endings.using(sequence):
             try:
-                await mover.pull(sequence.handoff_id, sequence.epoch, blocks)
+                await self._runtime.pull(sequence, blocks)
             except KvbatonError as error:
                 log.info("pull_failed", handoff=sequence.handoff_id, reason=error.message)
                 sequence.pulled.difference_update(blocks)  # tried again when we claim
@@ -192,8 +209,11 @@ class DecodeRole:
         self.num_preemptions += 1
         log.info("sequence_preempted", handoff=sequence.handoff_id, tokens=len(sequence.tokens))
         store.lease.add(sequence.blocks[sequence.num_committed :])
-        sequence.blocks, sequence.num_committed = [], 0
-        sequence.pulled.clear()
+        sequence.lose_blocks()
+        self._places.leave(sequence.handoff_id)
+        self._fill_places()
+        self._runtime.wake()
+        store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
         suspend = Suspend(
             handoff_id=sequence.handoff_id,
             epoch=sequence.epoch,
@@ -209,7 +229,8 @@ class DecodeRole:
             assert isinstance(opened, HandoffOpened)
             sequence.epoch = opened.epoch
             if not sequence.is_over:
-                await self._fill(sequence)
+                self._places.ask(sequence.handoff_id, first=True)
+                self._fill_places()
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         if sampled is None:

@@ -68,7 +68,7 @@ class GenerationRequest:
     choice: int = 0
     tenant: str = ""
     deadline_s: float | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)  # for the log
 
 
 class Backend(Protocol):

@@ -40,6 +40,7 @@ from services.gateway.stream import RequestStream
 log = structlog.get_logger()
 
 _MAX_ATTEMPTS = 5
+_RETRY_PAUSE_S = 0.1  # longer after each attempt but the first: a cluster in trouble needs a moment
 _RETRYABLE = (UnavailableError, ConnectionLostError, StaleError, OverloadedError)
 _FIRST_BLOCKS_TOKENS = 64  # prompts that begin alike go to one store shard
 
@@ -165,6 +166,7 @@ class Dispatcher:
                 outcome=outcome,
                 num_tokens=len(stream.tokens),
                 num_attempts=stream.timeline.num_attempts,
+                **stream.request.metadata,
             )
 
     async def _try_to_serve(self, stream: RequestStream) -> KvbatonError | None:
@@ -184,6 +186,7 @@ class Dispatcher:
                 return error
             log.info("attempt_failed", request=stream.request_id, reason=error.message)
             tried |= {place.prefill, place.decode}
+            await asyncio.sleep(_RETRY_PAUSE_S * (number - 1))
         if isinstance(error, OverloadedError):
             return error
         reason = error.message if error else ""

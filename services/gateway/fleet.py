@@ -18,6 +18,7 @@ from common.messages import (
     HandoffOpened,
     Heartbeat,
     Hello,
+    Leave,
     Load,
     Member,
     Members,
@@ -27,6 +28,7 @@ from common.messages import (
     decoder,
 )
 from common.net.link import Link
+from common.net.transport import TransportError
 from common.service import Seams, Tasks
 from kvbaton.errors import ConnectionLostError, KvbatonError
 from services.gateway.placement import Candidate
@@ -118,6 +120,7 @@ class Fleet:
 
     def close(self) -> None:
         for store in self.stores:
+            store.link.send(Leave())
             store.link.close()
         for worker in self.workers.values():
             worker.link.close()
@@ -188,7 +191,11 @@ class Fleet:
             if not worker.member_ids:
                 self._worker_lost(worker)
         for member in message.members:
-            worker = self.workers.get(member.endpoint) or self._worker_joined(member)
+            try:
+                worker = self.workers.get(member.endpoint) or self._worker_joined(member)
+            except TransportError as error:
+                log.error("worker_unreachable", name=member.name, reason=str(error))
+                continue
             worker.member_ids[store.index] = member.member_id
             worker.load = member.load
 

@@ -66,7 +66,7 @@ class Broker:
                 message.handoff_id or self._opened_by(gateway_id, message.open_call_id)
             )
             if handoff is not None and handoff.gateway_id == gateway_id:
-                self._abort(handoff, message.reason)
+                self._abort(handoff, "its gateway ended it")
             return None
         raise ProtocolError(f"a gateway must not send {type(message).__name__}")
 
@@ -81,7 +81,10 @@ class Broker:
         """Answer those who wait for room and have it now. To be called when a message is done."""
         for handoff in self.ledger.admit():
             log.debug("handoff_reserved", handoff=handoff.handoff_id, cached=handoff.num_cached)
-            member_id, call_id = self._waiting_calls.pop(handoff.handoff_id)
+            call = self._waiting_calls.pop(handoff.handoff_id, None)
+            if call is None:
+                continue  # aborted while the others were told
+            member_id, call_id = call
             opened = HandoffOpened(
                 call_id=call_id,
                 handoff_id=handoff.handoff_id,

@@ -39,7 +39,7 @@ class DataServer:
             decoder(ToStore),
             accept=self._accept,
             handle=self._handle,
-            gone=lambda _peer: None,
+            gone=lambda _peer, _member: None,
         )
         self.endpoint = self._server.endpoint
 
@@ -56,7 +56,7 @@ class DataServer:
         return Welcome(instance_id=self._welcome.instance_id)
 
     def _check_member(self, member: Member) -> None:
-        if member.member_id not in self._members:
+        if member.role == "gateway" or member.member_id not in self._members:
             raise StaleError("this worker is not a member: it must join on the control socket")
 
     def _handle(self, peer: bytes, message: Message, bulk: Sequence[memoryview]) -> Message | None:

@@ -43,7 +43,7 @@ class OpenRequest:
 @dataclass(slots=True)
 class Handoff:
     """One request's KV on its way. `blocks[:num_committed]` are final and pinned by this handoff;
-    the rest are granted to `writer` (none once decode has claimed: they join its lease)."""
+    the rest are granted to the handoff itself, until decode claims them for its lease."""
 
     handoff_id: str
     epoch: int
@@ -91,7 +91,7 @@ class Handoff:
             return 0
         self.expect(HandoffState.RESERVED)
         num_granted = self.num_reserved
-        self.blocks += pool.grant(num_granted, member_id)
+        self.blocks += pool.grant(num_granted, member_id if by_decode else self.handoff_id)
         self.num_reserved = 0
         self.state = after
         self.writer = member_id
@@ -111,26 +111,31 @@ class Handoff:
         end = first_index + len(blocks)
         if end <= self.num_committed and self.blocks[first_index:end] == blocks:
             return  # said before
-        keys = keys or self.keys[first_index:end]
+        known_keys, table = self.keys[first_index:end], self.blocks[first_index:end]
+        keys = keys or known_keys
         if first_index != self.num_committed or len(keys) != len(blocks):
             raise StaleError("commits must follow one another, each block with its key")
-        for block_id in blocks:
-            if not pool.is_granted(block_id, member_id):
-                raise StaleError(f"block {block_id} is not the sender's to commit")
+        if keys[: len(known_keys)] != known_keys or blocks[: len(table)] != table:
+            raise StaleError("blocks or keys other than those of this handoff")
+        self._expect_granted(pool, member_id, blocks)
         if len(set(blocks)) != len(blocks):
             raise StaleError("a block can be committed only once")
         for block_id, key in zip(blocks, keys, strict=True):
             pool.commit(block_id, key)
-        if first_index >= len(self.keys):
-            self.keys += keys
+        self.keys += keys[len(known_keys) :]
         self.blocks[first_index:end] = blocks
         self.num_committed = end
 
     def check_writer(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
         """Raise StaleError unless the member may write these blocks now."""
         self.expect_writer(member_id)
-        if not all(pool.is_granted(block_id, member_id) for block_id in blocks):
-            raise StaleError("blocks that are not the sender's to write")
+        self._expect_granted(pool, member_id, blocks)
+
+    def _expect_granted(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
+        owner = member_id if member_id == self.decode_id else self.handoff_id
+        for block_id in blocks:
+            if not pool.is_granted(block_id, owner):
+                raise StaleError(f"block {block_id} is not the sender's to write")
 
     def check_reader(self, member_id: str, blocks: list[int]) -> None:
         """Raise StaleError unless the member may read these blocks: final ones, and once it has

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from common.messages import StaleError
-from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError
+from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError, UnprocessableError
 from services.kvstore.blocks import BlockPool
 from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
 
@@ -46,8 +46,16 @@ class Ledger:
     def open(self, request: OpenRequest) -> Handoff:
         """A new handoff, waiting for room: `admit` tells when it has it.
 
-        Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait.
+        Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait,
+        UnprocessableError if the numbers of tokens and keys cannot be.
         """
+        num_full = request.num_tokens // self.block_size
+        if request.num_tokens < 1 or len(request.keys) > num_full:
+            raise UnprocessableError(
+                f"num_tokens must be at least 1 and fill a block for each key, got "
+                f"{request.num_tokens} tokens and {len(request.keys)} keys",
+                field="num_tokens",
+            )
         num_blocks = self._blocks_for(request.num_tokens)
         if num_blocks > self.pool.num_blocks - 1:
             raise InvalidRequestError(
@@ -183,11 +191,17 @@ class Ledger:
     def suspend(self, handoff_id: str, epoch: int, member_id: str, num_tokens: int) -> Handoff:
         """Decode was preempted: drop the blocks, wait at the head of the line for room to go on.
 
-        Raises TooLargeError if the store could never hold `num_tokens`.
+        Raises TooLargeError if the store could never hold `num_tokens`, UnprocessableError if they
+        are fewer than before.
         """
         handoff = self._find(handoff_id, epoch)
         handoff.expect(HandoffState.CLAIMED)
         handoff.expect_writer(member_id)
+        if num_tokens < handoff.num_tokens:
+            raise UnprocessableError(
+                f"num_tokens must be at least {handoff.num_tokens}, got {num_tokens}",
+                field="num_tokens",
+            )
         if self._blocks_for(num_tokens) > self.pool.num_blocks:
             raise TooLargeError(
                 f"the sequence has grown to {num_tokens} tokens, the KV store holds "
@@ -209,13 +223,8 @@ class Ledger:
 
     def give_back(self, member_id: str, blocks: list[int]) -> None:
         """Leased blocks are free again. Those that are not the sender's are left alone."""
-        self.pool.free(
-            [
-                block_id
-                for block_id in dict.fromkeys(blocks)
-                if self.pool.is_granted(block_id, member_id)
-            ]
-        )
+        pool = self.pool
+        pool.free([each for each in dict.fromkeys(blocks) if pool.is_granted(each, member_id)])
 
     # ---- endings ------------------------------------------------------------------------------
 
@@ -250,10 +259,8 @@ class Ledger:
 
     def lose_writer(self, member_id: str) -> None:
         """A member was not heard from: what it may still write into is quarantined."""
-        written = self.pool.written_by(member_id)
-        self.pool.quarantine(
-            [block_id for block_id in written if self.pool.is_granted(block_id, member_id)]
-        )
+        pool, written = self.pool, self.pool.written_by(member_id)
+        pool.quarantine([each for each in written if pool.is_granted(each, member_id)])
 
     def writer_stopped(self, member_id: str) -> None:
         """A member is dead, or says that it writes no more: nothing of it needs quarantine."""

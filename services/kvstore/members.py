@@ -19,6 +19,10 @@ class Members:
     def __contains__(self, member_id: str) -> bool:
         return member_id in self._members
 
+    def get(self, member_id: str) -> Member | None:
+        """The member, if it is one."""
+        return self._members.get(member_id)
+
     def join(self, member: Member, now: float) -> None:
         """A worker is not shown to gateways before it is ready."""
         self._members[member.member_id] = member

@@ -84,6 +84,7 @@ class KvStore:
         self._peers: dict[str, bytes] = {}  # member id -> routing id
         self._unwatch: dict[str, Callable[[], None]] = {}  # writers whose end is watched for
         self._shown: MembersMessage | None = None  # what gateways were told last
+        self._may_still_write: dict[str, Member] = {}  # lost, and not known to have stopped
         self._layout: KvLayout | None = None
         self._fingerprint = ""
         self._server: Server | None = None
@@ -141,9 +142,12 @@ class KvStore:
         else:
             secret, num_blocks = b"", self._check_model(member)
         assert self._server is not None
+        known_peer = self._peers.get(member.member_id)
+        if known_peer not in (None, peer):
+            raise ProtocolError("another connection already speaks for this member")
         former = self._server.peers.get(peer)
         if former is not None and former.member_id != member.member_id:
-            self._lose(former.member_id, "said hello again", stopped=False)
+            self._lose(former.member_id, "it said hello again", stopped=False)
         self._members.join(member, self._seams.clock.now())
         self._peers[member.member_id] = peer
         self._watch(member)
@@ -166,8 +170,8 @@ class KvStore:
         """Number of blocks for this worker. The first worker decides the model and its layout, and
         so does the first after all others have gone."""
         layout = member.layout
-        if layout is None:
-            raise ProtocolError("a worker's hello must carry its KV layout")
+        if layout is None or not member.endpoint or member.max_num_seqs < 1:
+            raise ProtocolError("a worker's hello must carry layout, endpoint and max_num_seqs")
         same = layout == self._layout and member.fingerprint == self._fingerprint
         if not same and self._layout is not None and self._members.num_workers():
             raise ProtocolError(
@@ -219,7 +223,7 @@ class KvStore:
         def ended() -> None:
             self._lose(member.member_id, "its process ended", stopped=True)
 
-        if member.host_id == self._seams.host_id:
+        if member.host_id == self._seams.host_id and member.member_id not in self._unwatch:
             stop = self._seams.processes.on_exit(member.pid, ended)
             self._unwatch[member.member_id] = stop
 
@@ -236,7 +240,10 @@ class KvStore:
                 broker.ledger.lose_writer(member_id)
             if self._server is not None and self._is_current(peer, member_id):
                 self._server.forget(peer)
+            if not stopped:
+                self._may_still_write[member_id] = member
         if stopped:
+            self._may_still_write.pop(member_id, None)
             unwatch = self._unwatch.pop(member_id, None)
             if unwatch is not None:
                 unwatch()
@@ -251,10 +258,8 @@ class KvStore:
         member = self._server.peers.get(peer)
         return member is not None and member.member_id == member_id
 
-    def _peer_gone(self, peer: bytes) -> None:
-        for member_id, known in list(self._peers.items()):
-            if known == peer:
-                self._lose(member_id, "it cannot be reached", stopped=False)
+    def _peer_gone(self, _peer: bytes, member: Member) -> None:
+        self._lose(member.member_id, "it cannot be reached", stopped=False)
 
     async def _tick(self) -> None:
         while True:
@@ -278,6 +283,15 @@ class KvStore:
 
     # ---- messages -------------------------------------------------------------------------------
 
+    def _stopped(self, sender: Member, former_id: str) -> None:
+        """A process tells that what it was before writes no more. Others cannot say it for it."""
+        former = self._members.get(former_id) or self._may_still_write.get(former_id)
+        if former is None:
+            return
+        if former_id == sender.member_id or _process(former) != _process(sender):
+            raise ProtocolError("stopped can be said of one's own former incarnations only")
+        self._lose(former_id, "it stopped", stopped=True)
+
     def _send(self, member_id: str, message: Message) -> None:
         peer = self._peers.get(member_id)
         if peer is not None and self._server is not None:
@@ -296,9 +310,7 @@ class KvStore:
             self._lose(member.member_id, "it left", stopped=True)
             return None
         if isinstance(message, Stopped):
-            if message.member_id in self._members:
-                raise ProtocolError("stopped is said of a former incarnation")
-            self._lose(message.member_id, "it stopped", stopped=True)
+            self._stopped(member, message.member_id)
             return None
         if self.broker is None:
             raise UnavailableError("no worker has joined yet", retry_after_s=1)
@@ -308,3 +320,8 @@ class KvStore:
             return self.broker.from_worker(member.member_id, message)
         finally:
             self.broker.admit()
+
+
+def _process(member: Member) -> tuple[str, int, str]:
+    """What stays the same over the incarnations of one process."""
+    return member.host_id, member.pid, member.endpoint

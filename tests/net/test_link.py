@@ -47,7 +47,7 @@ class Store:
             decoder(ToStore),
             accept=self._accept,
             handle=self._handle,
-            gone=self.gone.append,
+            gone=lambda peer, _member: self.gone.append(peer),
         )
 
     def _accept(self, _peer: bytes, hello: Hello) -> Welcome:
@@ -82,7 +82,7 @@ class Worker:
         self.welcomes: asyncio.Queue[Welcome] = asyncio.Queue()
         self.pushed: asyncio.Queue[Message] = asyncio.Queue()
         self.refusals: asyncio.Queue[KvbatonError] = asyncio.Queue()
-        member = Member(member_id="m", role="decode", name="decode.1", host_id="h", pid=1)
+        member = Member(member_id="0" * 32, role="decode", name="decode.1", host_id="h", pid=1)
         self.link = Link(
             self.transport,
             endpoint,
@@ -126,11 +126,11 @@ async def test_a_refusal_is_raised_as_the_error_it_was() -> None:
     async with running_store() as store, running_worker(store.server.endpoint) as worker:
         await worker.welcome()
         with pytest.raises(InvalidRequestError, match="no") as caught:
-            await worker.link.call(Stopped(member_id="m"))
+            await worker.link.call(Stopped(member_id="0" * 32))
         assert caught.value.field == "member_id"
         store.refusal = StaleError("the handoff is over")
         with pytest.raises(StaleError, match="the handoff is over"):
-            await worker.link.call(Stopped(member_id="m"))
+            await worker.link.call(Stopped(member_id="0" * 32))
 
 
 async def test_a_call_without_an_answer_ends_in_time() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from common.engine.mock import MockEngine
-from common.service import Tasks
+from common.messages import FromStore, FromWorker, Message, ToStore, ToWorker, decoder
+from common.service import Seams, Tasks
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
 from common.worker.runtime import WorkerRuntime
@@ -20,18 +21,45 @@ from services.gateway.stream import RequestStream
 from services.kvstore.ledger import Ledger
 from services.kvstore.service import KvStore, StoreConfig
 from services.prefill.worker import PrefillRole
+from tests.sim.network import Pipe, SimNetwork
 from tests.sim.world import VirtualLoop, World
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 STORES = ("sim://store-0", "sim://store-1")
+DATA = ("sim://data-0", "sim://data-1")
 HEARTBEAT_S = 1.0
+
+_ANY_MESSAGE = decoder(ToStore | FromStore | ToWorker | FromWorker)
 
 
 def simulate(main: Coroutine[Any, Any, T]) -> T:
-    """Run on virtual time. Raises NothingLeftError where the live cluster would hang."""
+    """Run on virtual time. Raises NothingLeftError where the live cluster would hang, and what a
+    callback of the loop raised: nothing else would see that."""
+    errors: list[Exception] = []
+
+    def on_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        errors.append(context.get("exception") or RuntimeError(context["message"]))
+
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(main)
+        runner.get_loop().set_exception_handler(on_error)
+        try:
+            return runner.run(main)
+        finally:
+            if errors:
+                raise ExceptionGroup("the loop's callbacks failed", errors)
+
+
+def listen(network: SimNetwork, kind: type[M], callback: Callable[[Pipe, M], None]) -> None:
+    """Call back with each message of a kind, just before it is delivered."""
+
+    def on_delivery(pipe: Pipe, frames: list[memoryview]) -> None:
+        message = _ANY_MESSAGE.decode(frames[0])
+        if isinstance(message, kind):
+            callback(pipe, message)
+
+    network.listeners.append(on_delivery)
 
 
 @dataclass
@@ -41,65 +69,85 @@ class Shape:
     num_prefill: int = 1
     num_decode: int = 1
     num_stores: int = 1
+    num_gateways: int = 1
     num_blocks: int = 512
     mover: str = "auto"
     mode: str = "disaggregated"
     worker: dict[str, Any] = field(default_factory=dict)
 
 
+class SimGateway:
+    """A gateway without faces."""
+
+    def __init__(self, name: str, seams: Seams, shape: Shape) -> None:
+        self.seams = seams
+        self.failures: list[BaseException] = []
+        self._tasks = Tasks(self.failures.append)
+        self.dispatcher = Dispatcher(
+            seams,
+            self._tasks,
+            name=name,
+            stores=list(STORES[: shape.num_stores]),
+            mode=shape.mode,
+            max_requests=1000,
+        )
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        self.dispatcher.close()
+
+
 class SimCluster:
-    """Started by `async with`; leaves nothing behind and checks every ledger at the end."""
+    """Started by `async with`; leaves nothing behind and sees every failure at the end."""
 
     def __init__(self, world: World, shape: Shape) -> None:
         self.world = world
         self.shape = shape
         self.stores: list[KvStore] = []
         self.workers: list[WorkerRuntime] = []
-        self.failures: list[BaseException] = []
-        self._tasks = Tasks(self.failures.append)
+        self.gateways: list[SimGateway] = []
         self._num_requests = 0
 
     async def __aenter__(self) -> SimCluster:
-        block_bytes = MockEngine(0, 0).info.layout.block_bytes
         for index in range(self.shape.num_stores):
-            config = StoreConfig(
-                name=f"kvstore.{index}",
-                bind=STORES[index],
-                data_bind="sim://*:*",
-                kv_bytes=self.shape.num_blocks * block_bytes,
-                arena_dir="sim",
-                heartbeat_s=HEARTBEAT_S,
-            )
-            store = KvStore(config, self.world.seams())
-            await store.start()
-            self.stores.append(store)
+            self.stores.append(await self._start_store(index))
         for _ in range(self.shape.num_prefill):
             await self.add_worker("prefill")
         for _ in range(self.shape.num_decode):
             await self.add_worker("decode")
-        self.gateway = Dispatcher(
-            self.world.seams(),
-            self._tasks,
-            name="gateway.1",
-            stores=list(STORES[: self.shape.num_stores]),
-            mode=self.shape.mode,
-            max_requests=1000,
-        )
+        for _ in range(self.shape.num_gateways):
+            self.add_gateway()
         await asyncio.sleep(2 * HEARTBEAT_S)
-        assert self.gateway.ready
+        assert all(gateway.dispatcher.ready for gateway in self.gateways)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._tasks.close()
-        self.gateway.close()
-        for worker in self.workers:
-            await worker.close()
-        for store in self.stores:
-            await store.close()
+        for process in [*self.gateways, *self.workers, *self.stores]:
+            await process.close()
         if error == (None, None, None):
-            assert self.failures == []
+            assert [failure for gateway in self.gateways for failure in gateway.failures] == []
             assert not any(worker.failed.done() for worker in self.workers)
             assert not any(store.failed.done() for store in self.stores)
+
+    # ---- processes --------------------------------------------------------------------------
+
+    async def _start_store(self, index: int) -> KvStore:
+        config = StoreConfig(
+            name=f"kvstore.{index}",
+            bind=STORES[index],
+            data_bind=DATA[index],
+            kv_bytes=self.shape.num_blocks * MockEngine(0, 0).info.layout.block_bytes,
+            arena_dir="sim",
+            heartbeat_s=HEARTBEAT_S,
+        )
+        store = KvStore(config, self.world.seams())
+        await store.start()
+        return store
+
+    async def restart_store(self, index: int = 0) -> None:
+        """Another process takes the place of a store, with the same settings."""
+        await self.stores[index].close()
+        self.stores[index] = await self._start_store(index)
 
     async def add_worker(self, role_name: str) -> WorkerRuntime:
         roles: dict[str, type[PrefillRole | DecodeRole]] = {
@@ -126,20 +174,40 @@ class SimCluster:
         await worker.start()
         return worker
 
-    async def kill(self, worker: WorkerRuntime) -> None:
-        """As SIGKILL: no goodbye, and the host sees the process end."""
-        self.workers.remove(worker)
-        await worker.close()
-        self.world.processes.end(worker.seams.pid)
+    def add_gateway(self, host_id: str = "host") -> SimGateway:
+        """On another host nobody sees it end."""
+        name = f"gateway.{len(self.gateways)}"
+        self.gateways.append(SimGateway(name, self.world.seams(host_id), self.shape))
+        return self.gateways[-1]
+
+    async def kill(self, process: WorkerRuntime | SimGateway) -> None:
+        """As SIGKILL: no goodbye, its sockets close, and its host sees it end."""
+        if isinstance(process, SimGateway):
+            self.gateways.remove(process)
+        else:
+            self.workers.remove(process)
+        self.world.network.kill(process.seams.pid)
+        await process.close()
+        self.world.processes.end(process.seams.pid)
 
     def of_role(self, role: type[PrefillRole | DecodeRole]) -> list[WorkerRuntime]:
         return [worker for worker in self.workers if isinstance(worker.role, role)]
 
+    # ---- requests ---------------------------------------------------------------------------
+
     def submit(
-        self, prompt: list[int], num_tokens: int, deadline_s: float | None = None
+        self,
+        prompt: list[int],
+        num_tokens: int,
+        *,
+        deadline_s: float | None = None,
+        gateway: SimGateway | None = None,
     ) -> RequestStream:
+        """Send a request to `gateway`, or to each in turn."""
+        if gateway is None:
+            gateway = self.gateways[self._num_requests % len(self.gateways)]
         self._num_requests += 1
-        return self.gateway.submit(
+        return gateway.dispatcher.submit(
             GenerationRequest(
                 request_id=f"request-{self._num_requests}",
                 prompt=prompt,
@@ -160,6 +228,7 @@ class SimCluster:
             assert ledger.num_reserved == 0
             counts = ledger.pool.counts()
             assert counts["free"] + counts["cached"] == ledger.pool.num_blocks, counts
+        assert all(worker.role.sequences() == [] for worker in self.workers)
 
 
 async def output_of(stream: RequestStream) -> list[int]:

