@@ -17,7 +17,6 @@ This file is the shell: sockets, membership, time. Handoffs are broker.py, rows 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from services.kvstore.broker import Broker
 from services.kvstore.data import DataServer
 from services.kvstore.ledger import Ledger
 from services.kvstore.members import Members
+from services.kvstore.writers import Writers, is_same_process
 
 log = structlog.get_logger()
 
@@ -81,10 +81,9 @@ class KvStore:
         self._cache_secret = bytes.fromhex(seams.rng.new_id())
         self._arena_path = str(Path(config.arena_dir) / f"{ARENA_PREFIX}{self._instance_id}")
         self._members = Members(config.lost_after_s)
+        self._writers = Writers(seams.processes, seams.host_id)
         self._peers: dict[str, bytes] = {}  # member id -> routing id
-        self._unwatch: dict[str, Callable[[], None]] = {}  # writers whose end is watched for
         self._shown: MembersMessage | None = None  # what gateways were told last
-        self._may_still_write: dict[str, Member] = {}  # lost, and not known to have stopped
         self._layout: KvLayout | None = None
         self._fingerprint = ""
         self._server: Server | None = None
@@ -122,8 +121,7 @@ class KvStore:
 
     async def close(self) -> None:
         await self._tasks.close()
-        for unwatch in self._unwatch.values():
-            unwatch()
+        self._writers.close()
         for server in (self._server, self._data):
             if server is not None:
                 server.close()
@@ -150,7 +148,10 @@ class KvStore:
             self._lose(former.member_id, "it said hello again", stopped=False)
         self._members.join(member, self._seams.clock.now())
         self._peers[member.member_id] = peer
-        self._watch(member)
+        member_id = member.member_id
+        self._writers.watch(
+            member, lambda: self._lose(member_id, "its process ended", stopped=True)
+        )
         log.info("member_joined", name=member.name, role=member.role, member=member.member_id)
         if member.role == "gateway":
             self._shown = None
@@ -206,26 +207,9 @@ class KvStore:
         self._data.serve(ledger, self._arena, layout.block_bytes)
         log.info("model_set", model=member.model, num_blocks=num_blocks)
 
-    def _may_write(self, member: Member) -> bool:
-        """Whether the member maps the arena, so that its end must be seen before its blocks are
-        used again."""
-        if member.role == "gateway" or member.mover == "zmq":
-            return False
-        return member.mover == "shm" or member.host_id == self._seams.host_id
-
     def _must_pull(self, member_id: str) -> bool:
-        peer = self._peers.get(member_id)
-        if peer is None or self._server is None:
-            return False
-        return not self._may_write(self._server.peers[peer])
-
-    def _watch(self, member: Member) -> None:
-        def ended() -> None:
-            self._lose(member.member_id, "its process ended", stopped=True)
-
-        if member.host_id == self._seams.host_id and member.member_id not in self._unwatch:
-            stop = self._seams.processes.on_exit(member.pid, ended)
-            self._unwatch[member.member_id] = stop
+        member = self._members.get(member_id)
+        return member is not None and not self._writers.may_write(member)
 
     def _lose(self, member_id: str, reason: str, *, stopped: bool) -> None:
         """A member is lost, or has stopped: then nothing of it needs quarantine any more."""
@@ -233,7 +217,7 @@ class KvStore:
         broker = self.broker
         if member is not None:
             log.info("member_lost", name=member.name, member=member_id, reason=reason)
-            stopped |= not self._may_write(member)
+            stopped |= not self._writers.may_write(member)
             peer = self._peers.pop(member_id)
             if broker is not None:
                 broker.lose(member_id, f"{member.name} is lost: {reason}")
@@ -241,12 +225,9 @@ class KvStore:
             if self._server is not None and self._is_current(peer, member_id):
                 self._server.forget(peer)
             if not stopped:
-                self._may_still_write[member_id] = member
+                self._writers.lost(member)
         if stopped:
-            self._may_still_write.pop(member_id, None)
-            unwatch = self._unwatch.pop(member_id, None)
-            if unwatch is not None:
-                unwatch()
+            self._writers.stopped(member_id)
             if broker is not None:
                 broker.ledger.writer_stopped(member_id)
         if broker is not None:
@@ -285,10 +266,10 @@ class KvStore:
 
     def _stopped(self, sender: Member, former_id: str) -> None:
         """A process tells that what it was before writes no more. Others cannot say it for it."""
-        former = self._members.get(former_id) or self._may_still_write.get(former_id)
+        former = self._members.get(former_id) or self._writers.get_lost(former_id)
         if former is None:
             return
-        if former_id == sender.member_id or _process(former) != _process(sender):
+        if former_id == sender.member_id or not is_same_process(former, sender):
             raise ProtocolError("stopped can be said of one's own former incarnations only")
         self._lose(former_id, "it stopped", stopped=True)
 
@@ -320,8 +301,3 @@ class KvStore:
             return self.broker.from_worker(member.member_id, message)
         finally:
             self.broker.admit()
-
-
-def _process(member: Member) -> tuple[str, int, str]:
-    """What stays the same over the incarnations of one process."""
-    return member.host_id, member.pid, member.endpoint
