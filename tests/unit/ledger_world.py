@@ -11,7 +11,6 @@ import itertools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable
 from enum import Enum
-from typing import Any
 
 from common.kv.hashing import block_key, prompt_keys
 from common.messages import (
@@ -42,25 +41,24 @@ BLOCK_SIZE = 2
 ROOT_KEY = b"root"
 
 
-def frozen(value: Any) -> Hashable:
+def frozen(value: object) -> Hashable:
     """Everything an object consists of, as a value that can be compared and hashed."""
-    if value is None or isinstance(value, str | bytes | int | Enum):
+    if value is None or isinstance(value, str | bytes | int | Enum) or callable(value):
         return value
-    if isinstance(value, OrderedDict):
-        return tuple((key, frozen(each)) for key, each in value.items())
     if isinstance(value, dict):
-        return frozenset((key, frozen(each)) for key, each in value.items())
-    if isinstance(value, list | tuple | deque):
+        items = ((key, frozen(each)) for key, each in value.items())
+        return tuple(items) if isinstance(value, OrderedDict) else frozenset(items)
+    if isinstance(value, list | deque):
         return tuple(frozen(each) for each in value)
-    if isinstance(value, set):
-        return frozenset(value)
     if dataclasses.is_dataclass(value):
         return tuple(frozen(getattr(value, each.name)) for each in dataclasses.fields(value))
-    return None if callable(value) else frozen(vars(value))
+    return frozen(vars(value))
 
 
 class LedgerWorld:
-    """`held` maps who was given blocks to them: (member, handoff id) for prefill, which holds them
+    """Beside the ledger, what its members know.
+
+    `held` maps who was given blocks to them: (member, handoff id) for prefill, which holds them
     for one handoff, and (member, "") for the lease of decode."""
 
     def __init__(self, num_blocks: int, members: list[str], *, growth_blocks: int = 1) -> None:
@@ -80,33 +78,32 @@ class LedgerWorld:
         self.content: dict[int, bytes] = {}  # the key of what was last said to be in a block
         self.unanswered: set[tuple[str, int]] = set()
         self._num_calls = 0
-
-    def state(self) -> Hashable:
-        """All that decides what can happen next."""
-        held = {owner: blocks for owner, blocks in self.held.items() if blocks}
-        return frozen([self.ledger, self.alive, self.silent, held])
+        self.num_opened = 0
+        self.is_watched = True  # whether refusals are proved to change nothing, which takes time
 
     # ---- messages -------------------------------------------------------------------------------
 
     def tell(self, sender: str, message: Message) -> Message | None:
         """Deliver a message. Returns the answer, or the message itself if it needs none; None if
         it was refused, which must change nothing."""
-        before = frozen(self.ledger)
-        handoff = self.ledger.handoffs.get(getattr(message, "handoff_id", ""))
-        state = handoff.state if handoff is not None else None
-        keys = list(handoff.keys) if handoff is not None else []
+        before = frozen(self.ledger) if self.is_watched else None
+        was = self.ledger.handoffs.get(getattr(message, "handoff_id", ""))
+        if was is not None:
+            was = dataclasses.replace(was, keys=list(was.keys))
         try:
             if isinstance(message, OpenHandoff | AbortHandoff):
                 answer = self.broker.from_gateway(sender, message)
             else:
                 answer = self.broker.from_worker(sender, message)
         except KvbatonError:
-            assert frozen(self.ledger) == before
+            assert before is None or frozen(self.ledger) == before
             return None
         if isinstance(message, OpenHandoff | Suspend):
             self.unanswered.add((sender, message.call_id))
-        if handoff is not None and state is not None:
-            self._believe(sender, message, answer, handoff, state, keys)
+        if was is not None:
+            if not self._may_say(sender, message, was):
+                assert before is None or frozen(self.ledger) == before
+            self._believe(sender, message, answer, was)
         if isinstance(answer, Leased):
             self.held[sender, ""].update(answer.blocks)
         if isinstance(message, GiveBack):
@@ -114,28 +111,27 @@ class LedgerWorld:
         self.broker.admit()
         return answer or message
 
-    def _believe(
-        self,
-        sender: str,
-        message: Message,
-        answer: Message | None,
-        handoff: Handoff,
-        state: HandoffState,
-        keys: list[bytes],
-    ) -> None:
-        mine = (sender, "" if sender == handoff.decode_id else handoff.handoff_id)
-        if isinstance(answer, Granted) and handoff.state is not state:
+    @staticmethod
+    def _may_say(sender: str, message: Message, handoff: Handoff) -> bool:
+        """Whether it is one of the handoff's own members, and of its epoch."""
+        if getattr(message, "epoch", handoff.epoch) != handoff.epoch:
+            return False
+        return sender in (handoff.gateway_id, handoff.prefill_id, handoff.decode_id)
+
+    def _believe(self, sender: str, message: Message, answer: Message | None, was: Handoff) -> None:
+        """What the sender knows after a step of a handoff that was like this before."""
+        handoff_id, now = was.handoff_id, self.ledger.handoffs.get(was.handoff_id)
+        mine = (sender, "" if sender == was.decode_id else handoff_id)
+        if isinstance(answer, Granted) and now is not None and now.state is not was.state:
             self.held[mine].update(answer.blocks[answer.num_committed :])
         if isinstance(message, Commit):
-            said = message.keys or keys[message.first_index :]
+            said = message.keys or was.keys[message.first_index :]
             for block, key in zip(message.blocks, said, strict=False):
                 if block in self.held[mine]:
                     self.held[mine].remove(block)
                     self.content[block] = key
-        if isinstance(message, Seal) or (
-            isinstance(message, Quit) and message.epoch == handoff.epoch
-        ):
-            self.held.pop((sender, handoff.handoff_id), None)
+        if isinstance(message, Seal) or (isinstance(message, Quit) and message.epoch == was.epoch):
+            self.held.pop((sender, handoff_id), None)
 
     def _receive(self, member: str, message: Message) -> None:
         if member in self.alive and isinstance(message, HandoffOpened | Failed):
@@ -148,6 +144,7 @@ class LedgerWorld:
     # ---- a gateway's ----------------------------------------------------------------------------
 
     def open(self, gateway: str, prefill: str, decode: str, tokens: list[int]) -> Message | None:
+        self.num_opened += 1
         return self.tell(
             gateway,
             OpenHandoff(
@@ -181,18 +178,16 @@ class LedgerWorld:
         first those of the block table, then spare ones."""
         handoff = self.ledger.handoffs.get(handoff_id)
         if handoff is None:
-            first, blocks, keys = 0, [0], []
+            return None
+        first, keys = handoff.num_committed, list[bytes]()
+        blocks = (handoff.blocks[first:] + self.spare(sender))[:num_blocks]
+        if first < len(handoff.keys):
+            blocks = blocks[: len(handoff.keys) - first]
         else:
-            first = handoff.num_committed
-            blocks = handoff.blocks[first:] + self.spare(sender)
-            blocks, keys = blocks[:num_blocks], []
-            if first < len(handoff.keys):
-                blocks = blocks[: len(handoff.keys) - first]
-            else:
-                key = handoff.last_key
-                for _ in blocks:
-                    key = block_key(key, [7, 7])
-                    keys.append(key)
+            key = handoff.last_key
+            for _ in blocks:
+                key = block_key(key, [7, 7])
+                keys.append(key)
         epoch = self._epoch(handoff_id, epoch_shift)
         commit = Commit(
             handoff_id=handoff_id, epoch=epoch, first_index=first, blocks=blocks, keys=keys

@@ -90,7 +90,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.world.abort(stranger if gateway == 0 else handoff.gateway_id, handoff.handoff_id)
 
     @precondition(has_handoffs)
-    @rule(number=NUMBERS, num_more=st.integers(0, 5))
+    @rule(number=NUMBERS, num_more=st.integers(-2, 5))
     def suspend(self, number: int, num_more: int) -> None:
         handoff = self.handoff(number)
         self.world.suspend(handoff.decode_id, handoff.handoff_id, num_more)
@@ -129,7 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
         number=NUMBERS,
         sender=st.none() | NUMBERS,
         first_index=st.none() | st.integers(-1, 4),
-        blocks=st.none() | st.lists(st.integers(-1, 12), max_size=3),
+        blocks=st.sampled_from(["due", "last"]) | st.lists(st.integers(-1, 12), max_size=3),
         keys=st.lists(st.sampled_from([b"x", b"y", b"z"]), max_size=3),
     )
     def commit_anything(
@@ -137,24 +137,21 @@ class LedgerMachine(RuleBasedStateMachine):
         number: int,
         sender: int | None,
         first_index: int | None,
-        blocks: list[int] | None,
+        blocks: str | list[int],
         keys: list[bytes],
     ) -> None:
         """Where nothing is drawn it is what would be right."""
         handoff = self.handoff(number)
-        member = (handoff.writer or handoff.decode_id) if sender is None else ""
-        member = member or self.one("prefill decode", sender or 0)
+        member = handoff.writer if sender is None else self.one("prefill decode", sender)
         if member not in self.world.alive:
             return
-        first = handoff.num_committed if first_index is None else first_index
-        if blocks is None:
-            blocks = (handoff.blocks[handoff.num_committed :] + self.world.spare(member))[
-                : len(keys)
-            ]
+        if isinstance(blocks, str):
+            held = handoff.blocks[handoff.num_committed :] + self.world.spare(member)
+            blocks = held[: len(keys)] if blocks == "due" else handoff.blocks[-1:]
         message = Commit(
             handoff_id=handoff.handoff_id,
             epoch=handoff.epoch,
-            first_index=first,
+            first_index=handoff.num_committed if first_index is None else first_index,
             blocks=blocks,
             keys=keys,
         )
@@ -190,6 +187,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=500,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    report_multiple_bugs=False,
 )
 TestAnyMessagesInAnyOrder = LedgerMachine.TestCase

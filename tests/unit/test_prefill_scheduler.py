@@ -1,0 +1,73 @@
+"""The line of prompts by value: in order, in chunks, under a budget."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.worker.sequence import Sequence
+from services.prefill.scheduler import PrefillScheduler
+from tests.unit.sequences import sequence_of
+
+
+def scheduler_of(budget: int, *sequences: Sequence, max_num_seqs: int = 8) -> PrefillScheduler:
+    scheduler = PrefillScheduler(budget, max_num_seqs)
+    for sequence in sequences:
+        scheduler.add(sequence)
+    return scheduler
+
+
+def test_short_prompts_share_a_step() -> None:
+    first, second = sequence_of(3), sequence_of(4)
+    assert scheduler_of(10, first, second).plan() == [(first, 3), (second, 4)]
+
+
+def test_a_long_prompt_is_spread_over_steps() -> None:
+    sequence = sequence_of(10)
+    scheduler = scheduler_of(4, sequence)
+    chunks = []
+    while sequence.num_uncomputed:
+        [(_, count)] = scheduler.plan()
+        sequence.num_computed += count
+        chunks.append(count)
+    assert chunks == [4, 4, 2]
+
+
+def test_what_is_cached_is_not_computed() -> None:
+    sequence = sequence_of(10)
+    sequence.num_computed = 8
+    assert scheduler_of(5, sequence).plan() == [(sequence, 2)]
+
+
+def test_a_prompt_that_is_removed_makes_room_for_the_next() -> None:
+    first, second = sequence_of(10), sequence_of(4)
+    scheduler = scheduler_of(5, first, second)
+    scheduler.remove(first)
+    scheduler.remove(first)
+    assert scheduler.plan() == [(second, 4)]
+
+
+def test_no_more_sequences_than_allowed_share_a_step() -> None:
+    sequences = [sequence_of(1) for _ in range(4)]
+    plan = scheduler_of(100, *sequences, max_num_seqs=3).plan()
+    assert [sequence for sequence, _ in plan] == sequences[:3]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 16), st.integers(1, 4))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_every_prompt_is_computed_once_in_order_and_under_the_budget(
+    num_tokens: list[int], budget: int, max_num_seqs: int
+) -> None:
+    sequences = [sequence_of(count) for count in num_tokens]
+    scheduler = scheduler_of(budget, *sequences, max_num_seqs=max_num_seqs)
+    done = []
+    while plan := scheduler.plan():
+        assert sum(count for _, count in plan) <= budget
+        assert len(plan) <= max_num_seqs
+        for sequence, count in plan:
+            sequence.num_computed += count
+            if not sequence.num_uncomputed:
+                scheduler.remove(sequence)
+                done.append(sequence)
+    assert done == sequences
+    assert all(sequence.num_uncomputed == 0 for sequence in sequences)
