@@ -62,6 +62,11 @@ class BlockPool:
         """Blocks that a grant could take now: free ones, and cached ones by eviction."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def num_keys(self) -> int:
+        """Blocks that can be found by key."""
+        return len(self._index)
+
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest leading run of keys that is present."""
         found = []

@@ -36,6 +36,7 @@ class Ledger:
         self.handoffs: dict[str, Handoff] = {}
         self.num_reserved = 0
         self._waiting: deque[Handoff] = deque()
+        self._no_room: tuple[int, int, int, int, str] | None = None  # where admitting ended
         self._new_id = new_id
         self._growth_blocks = growth_blocks
         self._prefix_cache = prefix_cache
@@ -86,10 +87,19 @@ class Ledger:
 
         The first in line blocks the rest: letting small ones pass would starve the large.
         """
-        admitted = []
+        admitted: list[Handoff] = []
+        if self._room() == self._no_room:
+            return admitted  # asked after every message, and looking up a long prompt costs
         while self._waiting and self._reserve(self._waiting[0]):
             admitted.append(self._waiting.popleft())
+        self._no_room = self._room()
         return admitted
+
+    def _room(self) -> tuple[int, int, int, int, str]:
+        """All that decides whether the first in line can be admitted."""
+        first = self._waiting[0].handoff_id if self._waiting else ""
+        pool = self.pool
+        return pool.num_available, pool.num_keys, self.num_reserved, self._num_open(), first
 
     def _reserve(self, handoff: Handoff) -> bool:
         # The last position is always computed: its logits are what the first token is drawn from.

@@ -48,7 +48,7 @@ def frozen(value: object) -> Hashable:
     if isinstance(value, dict):
         items = ((key, frozen(each)) for key, each in value.items())
         return tuple(items) if isinstance(value, OrderedDict) else frozenset(items)
-    if isinstance(value, list | deque):
+    if isinstance(value, list | deque | tuple):
         return tuple(frozen(each) for each in value)
     if dataclasses.is_dataclass(value):
         return tuple(frozen(getattr(value, each.name)) for each in dataclasses.fields(value))
