@@ -59,8 +59,9 @@ class Server:
 
     def send(self, peer: bytes, message: Message, bulk: Sequence[Frame] = ()) -> bool:
         """Queue a message; a peer that cannot take it is forgotten and must say hello again."""
-        if peer not in self.peers:
-            return False
+        return peer in self.peers and self._send(peer, message, bulk)
+
+    def _send(self, peer: bytes, message: Message, bulk: Sequence[Frame]) -> bool:
         if self._socket.send(peer, [encode(message), *bulk]):
             return True
         member = self.forget(peer)
@@ -93,7 +94,7 @@ class Server:
             answer = failed(KvbatonError("internal error"), call_id)
         if answer is not None:
             answer.call_id = call_id
-            self._socket.send(peer, [encode(answer)])
+            self._send(peer, answer, [])
 
     def _answer(self, peer: bytes, message: Message, bulk: Sequence[memoryview]) -> Message | None:
         if isinstance(message, Hello):

@@ -13,6 +13,7 @@ from common.service import Seams, Tasks
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
 from common.worker.runtime import WorkerRuntime
+from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
@@ -30,13 +31,19 @@ M = TypeVar("M", bound=Message)
 STORES = ("sim://store-0", "sim://store-1")
 DATA = ("sim://data-0", "sim://data-1")
 HEARTBEAT_S = 1.0
+LIMIT_S = 1000.0  # of virtual time
 
 _ANY_MESSAGE = decoder(ToStore | FromStore | ToWorker | FromWorker)
 
 
 def simulate(main: Coroutine[Any, Any, T]) -> T:
-    """Run on virtual time. Raises NothingLeftError where the live cluster would hang, and what a
+    """Run on virtual time. Raises TimeoutError where the live cluster would hang, and what a
     callback of the loop raised: nothing else would see that."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(LIMIT_S):
+            return await main
+
     errors: list[Exception] = []
 
     def on_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -45,7 +52,7 @@ def simulate(main: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.get_loop().set_exception_handler(on_error)
         try:
-            return runner.run(main)
+            return runner.run(limited())
         finally:
             if errors:
                 raise ExceptionGroup("the loop's callbacks failed", errors)
@@ -107,6 +114,8 @@ class SimCluster:
         self.workers: list[WorkerRuntime] = []
         self.gateways: list[SimGateway] = []
         self._num_requests = 0
+        self._num_defects = 0
+        world.network.listeners.append(self._look_for_defects)
 
     async def __aenter__(self) -> SimCluster:
         for index in range(self.shape.num_stores):
@@ -122,12 +131,19 @@ class SimCluster:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for process in [*self.gateways, *self.workers, *self.stores]:
+        processes: list[SimGateway | WorkerRuntime | KvStore]
+        processes = [*self.gateways, *self.workers, *self.stores]
+        for process in processes:
             await process.close()
         if error == (None, None, None):
             assert [failure for gateway in self.gateways for failure in gateway.failures] == []
             assert not any(worker.failed.done() for worker in self.workers)
             assert not any(store.failed.done() for store in self.stores)
+            assert self._num_defects == 0
+
+    def _look_for_defects(self, _pipe: Pipe, frames: list[memoryview]) -> None:
+        """A service that fails over a message says so to its sender and goes on."""
+        self._num_defects += KvbatonError.code.encode() in bytes(frames[0])
 
     # ---- processes --------------------------------------------------------------------------
 
@@ -229,6 +245,15 @@ class SimCluster:
             counts = ledger.pool.counts()
             assert counts["free"] + counts["cached"] == ledger.pool.num_blocks, counts
         assert all(worker.role.sequences() == [] for worker in self.workers)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it; raises TimeoutError if it does not come."""
+    for _ in range(int(LIMIT_S / 1e-3)):
+        if condition():
+            return
+        await asyncio.sleep(1e-3)
+    raise TimeoutError
 
 
 async def output_of(stream: RequestStream) -> list[int]:

@@ -44,6 +44,7 @@ class SimNetwork:
         self.listeners: list[Listener] = []
         self.num_messages = 0
         self.num_lost = 0  # with connections that broke
+        self.num_refused = 0  # by full pipes
 
     # ---- what a test sees and does ----------------------------------------------------------
 
@@ -73,10 +74,10 @@ class SimNetwork:
 
     def kill(self, pid: int) -> None:
         """All sockets of a process close. What it has sent arrives."""
-        routers = [router for router in self.routers.values() if router.pid == pid]
-        dealers = [dealer for dealer in self.dealers if dealer.pid == pid]
-        for socket in [*routers, *dealers]:
-            socket.close()
+        for router in [router for router in self.routers.values() if router.pid == pid]:
+            router.close()
+        for dealer in [dealer for dealer in self.dealers if dealer.pid == pid]:
+            dealer.close()
 
     # ---- what sockets do --------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ class SimNetwork:
     def carry(self, pipe: Pipe, frames: Frames) -> bool:
         """Deliver later, after all that went into the pipe before. False if it is full."""
         if pipe.is_full:
+            self.num_refused += 1
             return False
         loop = asyncio.get_running_loop()
         self.num_messages += 1

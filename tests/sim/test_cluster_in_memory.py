@@ -21,7 +21,7 @@ from kvbaton.errors import (
 )
 from services.decode.worker import DecodeRole
 from services.prefill.worker import PrefillRole
-from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate
+from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate, until
 from tests.sim.world import World
 
 SHAPES = {
@@ -104,6 +104,24 @@ def test_when_blocks_run_out_sequences_give_way_and_lose_no_token(mode: str, mov
     assert simulate(main()) > 0
 
 
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_more_sequences_than_places_finish_also_when_blocks_run_out(mode: str) -> None:
+    async def main() -> None:
+        # Two sequences need 24 blocks, and those that wait for a place hold most of the others.
+        shape = Shape(num_blocks=16, mode=mode, worker={"max_num_seqs": 2})
+        async with SimCluster(World(1), shape) as cluster:
+            prompts = [[5 + index] * 30 for index in range(12)]
+            streams = [cluster.submit(prompt, 150) for prompt in prompts]
+            outputs = await asyncio.gather(*(output_of(stream) for stream in streams))
+            assert outputs == [mock_output(prompt, 150) for prompt in prompts]
+            (decode,) = cluster.of_role(DecodeRole)
+            assert isinstance(decode.role, DecodeRole)
+            assert decode.role.num_preemptions > 0
+            await cluster.settle()
+
+    simulate(main())
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_cancel_at_any_moment_leaves_nothing_behind(name: str, seed: int) -> None:
@@ -139,11 +157,7 @@ def test_a_killed_workers_requests_are_served_by_another(
             serving = asyncio.ensure_future(serve_at_random(cluster, 40))
             await asyncio.sleep(cluster.world.random.uniform(0.2, 0.6))
             victim = cluster.of_role(role)[0]
-            for _ in range(1000):
-                if victim.role.sequences():  # the fault must hit something
-                    break
-                await asyncio.sleep(0.001)
-            assert victim.role.sequences()
+            await until(lambda: victim.role.sequences() != [])  # the fault must hit something
             await cluster.kill(victim)
             await serving
             await cluster.settle()

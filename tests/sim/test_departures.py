@@ -11,8 +11,7 @@ from common.messages import Failed, StaleError
 from kvbaton.errors import KvbatonError
 from services.decode.worker import DecodeRole
 from services.kvstore.handoff import HandoffState
-from services.prefill.worker import PrefillRole
-from tests.sim.cluster import DATA, STORES, Shape, SimCluster, listen, output_of, simulate
+from tests.sim.cluster import DATA, STORES, Shape, SimCluster, listen, output_of, simulate, until
 from tests.sim.network import Pipe
 from tests.sim.world import World
 
@@ -95,10 +94,9 @@ def test_a_sealed_handoff_whose_prefill_leaves_keeps_its_unfinished_block(in_ord
             cluster.world.network.delay(lambda pipe: pipe is link.incoming, 0.5, 0.5)
             stream = cluster.submit([5] * 40, 100)
             (ledger,) = cluster.ledgers()
-            while not any(
-                handoff.state is HandoffState.SEALED for handoff in ledger.handoffs.values()
-            ):
-                await asyncio.sleep(0.001)
+            await until(
+                lambda: [each.state for each in ledger.handoffs.values()] == [HandoffState.SEALED]
+            )
             name = stream.timeline.prefill_worker
             (prefill,) = (worker for worker in cluster.workers if worker.config.name == name)
             if in_order:

@@ -312,6 +312,8 @@ class LedgerWorld:
     def check(self) -> None:
         """Assert that every block which somebody may write is known to the ledger as theirs."""
         self.ledger.check()
+        self.ledger._no_room = None  # asked afresh, nobody who waits has room
+        assert self.ledger.admit() == []
         pool = self.ledger.pool
         assert sum(pool.counts().values()) == pool.num_blocks
         owners = self._owners()
