@@ -286,10 +286,12 @@ class Reserve(Message, tag="reserve"):
 
     `tokens` are the prompt and, when the request is placed again, its output so far;
     `num_prompt_tokens` tells where the output begins. `prefill_here`: compute the prompt yourself.
+    `worker_id` is the member that the handoff was opened for: a later incarnation of it refuses.
     """
 
     handoff_id: str
     epoch: int
+    worker_id: MemberId
     store: int
     tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
     num_prompt_tokens: Count
@@ -299,10 +301,11 @@ class Reserve(Message, tag="reserve"):
 
 
 class Prefill(Message, tag="prefill"):
-    """Gateway to prefill: compute the prompt, draw one token."""
+    """Gateway to prefill: compute the prompt, draw one token. Fields as in reserve."""
 
     handoff_id: str
     epoch: int
+    worker_id: MemberId
     store: int
     tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
     num_prompt_tokens: Count
@@ -345,7 +348,7 @@ FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
     | Aborted | Members
 )  # fmt: skip
-ToWorker = Hello | Reserve | Prefill
+ToWorker = Hello | Heartbeat | Reserve | Prefill
 FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped
 
 

@@ -17,9 +17,11 @@ from common.messages import (
     Claim,
     Fill,
     Granted,
+    Heartbeat,
     Hello,
     Member,
     Message,
+    Ok,
     OutputToken,
     OutputTokens,
     Prefill,
@@ -178,6 +180,8 @@ class WorkerRuntime:
         return Welcome(instance_id=self._instance_id)
 
     def _on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        if isinstance(message, Heartbeat):
+            return Ok()
         if self._is_draining:
             raise UnavailableError("the worker is shutting down", retry_after_s=1)
         return self.role.on_gateway(peer, message)
@@ -217,6 +221,8 @@ class WorkerRuntime:
             raise UnprocessableError(
                 f"store must be below {len(self.stores)}, got {message.store}", field="store"
             )
+        if message.worker_id != self.stores[message.store].member_id:
+            raise StaleError("the handoff is for a former incarnation of this worker")
         return Sequence(
             handoff_id=message.handoff_id,
             epoch=message.epoch,

@@ -38,7 +38,10 @@ class Attempt:
         self.outcome: asyncio.Future[KvbatonError | None]
         self.outcome = asyncio.get_running_loop().create_future()
         self._tokens = [*stream.request.prompt, *stream.tokens]
+        self._num_before = len(stream.tokens)
         self._num_to_prefill = len(self._tokens)
+        self._prefill_id = place.prefill.member_ids[place.store.index]
+        self._decode_id = place.decode.member_ids[place.store.index]
         stream.restart()
         for worker in {place.prefill, place.decode}:
             worker.num_assigned += 1
@@ -47,9 +50,8 @@ class Attempt:
 
     def uses(self, worker: Worker) -> bool:
         """Whether this still needs the worker."""
-        return worker is self.place.decode or (
-            worker is self.place.prefill and self._num_to_prefill > 0
-        )
+        awaits_first = len(self.stream.tokens) == self._num_before
+        return worker is self.place.decode or (worker is self.place.prefill and awaits_first)
 
     def fail(self, error: KvbatonError) -> None:
         """This attempt is over; the request may not be."""
@@ -78,8 +80,8 @@ class Attempt:
         root = root_key(store.welcome.cache_secret, request.tenant, fingerprint)
         return OpenHandoff(
             request_id=request.request_id,
-            prefill_id=self.place.prefill.member_ids[store.index],
-            decode_id=self.place.decode.member_ids[store.index],
+            prefill_id=self._prefill_id,
+            decode_id=self._decode_id,
             root_key=root,
             keys=prompt_keys(root, self._tokens, block_size),
             num_tokens=len(self._tokens),
@@ -92,6 +94,7 @@ class Attempt:
         reserve = Reserve(
             handoff_id=opened.handoff_id,
             epoch=opened.epoch,
+            worker_id=self._decode_id,
             store=place.store.index,
             tokens=self._tokens,
             num_prompt_tokens=len(request.prompt),
@@ -105,6 +108,7 @@ class Attempt:
         prefill = Prefill(
             handoff_id=opened.handoff_id,
             epoch=opened.epoch,
+            worker_id=self._prefill_id,
             store=place.store.index,
             tokens=self._tokens,
             num_prompt_tokens=len(request.prompt),

@@ -178,14 +178,17 @@ class Dispatcher:
             try:
                 place = self._place(stream, tried)
             except UnavailableError as unavailable:
-                return unavailable
-            if number > 1:
-                _RETRIED.inc()
-            error = await self._attempt(Attempt(stream, place))
-            if not isinstance(error, _RETRYABLE):
-                return error
+                if number == 1:
+                    return unavailable
+                error = unavailable  # who was there may come back in a moment
+            else:
+                if number > 1:
+                    _RETRIED.inc()
+                tried |= {place.prefill, place.decode}
+                error = await self._attempt(Attempt(stream, place))
+                if not isinstance(error, _RETRYABLE):
+                    return error
             log.info("attempt_failed", request=stream.request_id, reason=error.message)
-            tried |= {place.prefill, place.decode}
             await asyncio.sleep(_RETRY_PAUSE_S * (number - 1))
         if isinstance(error, OverloadedError):
             return error

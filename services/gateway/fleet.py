@@ -36,6 +36,7 @@ from services.gateway.placement import Candidate
 log = structlog.get_logger()
 
 _HEARTBEATS_MISSED = 3
+_WORKER_BEAT_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +50,7 @@ class Worker:
     num_assigned: int = 0  # sequences that this gateway has there
     num_tokens_assigned: int = 0  # prompt tokens it still has to compute for this gateway
     num_placed: int = 0
+    is_known: bool = False  # to the worker: it has welcomed us
 
     def candidate(self) -> Placeable:
         """The worker for placement."""
@@ -103,6 +105,7 @@ class Fleet:
     ) -> None:
         self.workers: dict[str, Worker] = {}  # by endpoint
         self._seams = seams
+        self._tasks = tasks
         self._events = events
         self._name = name
         self.stores = [Store(index) for index in range(len(endpoints))]
@@ -130,7 +133,11 @@ class Fleet:
     def _connect(self, store: Store, endpoint: str) -> None:
         def welcomed(welcome: Welcome) -> None:
             if store.is_up:
-                self._store_lost(store, "it has forgotten this gateway")
+                # Its members are the same unless it is another: then it knows nobody yet.
+                log.warning("store_forgot_us", store=endpoint)
+                if welcome.instance_id != store.welcome.instance_id:
+                    self._on_members(store, Members(members=[]))
+                self._events.on_store_lost(store)
             store.welcome, store.is_up = welcome, True
             log.info("store_joined", store=endpoint)
 
@@ -199,7 +206,21 @@ class Fleet:
             worker.member_ids[store.index] = member.member_id
             worker.load = member.load
 
+    async def _beat_worker(self, worker: Worker) -> None:
+        """A connection that broke is noticed by the hello that this brings about."""
+        while self.workers.get(worker.member.endpoint) is worker:
+            await asyncio.sleep(_WORKER_BEAT_S)
+            try:
+                await worker.link.call(Heartbeat(), timeout_s=_WORKER_BEAT_S)
+            except KvbatonError as error:
+                log.info("worker_silent", name=worker.member.name, reason=error.message)
+
     def _worker_joined(self, member: Member) -> Worker:
+        def welcomed(_welcome: Welcome) -> None:
+            if worker.is_known:  # it has forgotten us, and with us what it had for us
+                self._events.on_worker_lost(worker)
+            worker.is_known = True
+
         def handle(message: Message) -> None:
             if isinstance(message, OutputTokens):
                 worker.load = message.load
@@ -212,11 +233,12 @@ class Fleet:
             member.endpoint,
             decoder(FromWorker),
             hello=self._hello,
-            welcomed=lambda _: None,
+            welcomed=welcomed,
             handle=handle,
             refused=_log_refused,
         )
         worker = self.workers[member.endpoint] = Worker(member, link)
+        self._tasks.spawn(self._beat_worker(worker), "worker-heartbeat")
         log.info("worker_joined", name=member.name, role=member.role, endpoint=member.endpoint)
         return worker
 

@@ -38,21 +38,21 @@ log = structlog.get_logger()
 class Broker:
     """Carries out what members say of handoffs and tells the others what it means for them.
 
-    `send(member_id, message)` queues a message for a member, if it is still there. `is_member(id)`
-    tells whether it is. `must_pull(id)`: the member cannot map the arena, and wants to know early
-    what it may pull.
+    `send(member_id, message)` queues a message for a member, if it is still there. `role_of(id)` is
+    its role, None if it has gone. `must_pull(id)`: the member cannot map the arena, and wants to
+    know early what it may pull.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         send: Callable[[str, Message], None],
-        is_member: Callable[[str], bool],
+        role_of: Callable[[str], str | None],
         must_pull: Callable[[str], bool],
     ) -> None:
         self.ledger = ledger
         self._send = send
-        self._is_member = is_member
+        self._role_of = role_of
         self._must_pull = must_pull
         self._waiting_calls: dict[str, tuple[str, int]] = {}  # handoff id -> member id, call id
 
@@ -101,9 +101,14 @@ class Broker:
     # ---- a gateway's ----------------------------------------------------------------------------
 
     def _open(self, gateway_id: str, message: OpenHandoff) -> None:
-        for member_id in (message.prefill_id, message.decode_id):
-            if not self._is_member(member_id):
+        colocated = message.prefill_id == message.decode_id
+        wanted = {message.prefill_id: "prefill"} if not colocated else {}
+        for member_id, role in (wanted | {message.decode_id: "decode"}).items():
+            found = self._role_of(member_id)
+            if found is None:
                 raise UnavailableError("a worker of this handoff has gone", retry_after_s=1)
+            if found != role:
+                raise ProtocolError(f"{member_id} is a {found}, not a {role} worker")
         handoff = self.ledger.open(
             OpenRequest(
                 gateway_id=gateway_id,

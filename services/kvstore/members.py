@@ -23,6 +23,11 @@ class Members:
         """The member, if it is one."""
         return self._members.get(member_id)
 
+    def role_of(self, member_id: str) -> str | None:
+        """The member's role; None if it is none."""
+        member = self._members.get(member_id)
+        return None if member is None else member.role
+
     def join(self, member: Member, now: float) -> None:
         """A worker is not shown to gateways before it is ready."""
         self._members[member.member_id] = member

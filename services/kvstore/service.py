@@ -201,7 +201,7 @@ class KvStore:
             growth_blocks=max(1, num_blocks // _GROWTH_SHARE),
             prefix_cache=self.config.prefix_cache,
         )
-        self.broker = Broker(ledger, self._send, self._members.__contains__, self._must_pull)
+        self.broker = Broker(ledger, self._send, self._members.role_of, self._must_pull)
         self._layout, self._fingerprint = layout, member.fingerprint
         assert self._data is not None
         self._data.serve(ledger, self._arena, layout.block_bytes)

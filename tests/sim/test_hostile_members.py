@@ -254,6 +254,7 @@ def test_a_worker_refuses_a_request_that_makes_no_sense(
             kind(
                 handoff_id=STRANGER_ID,
                 epoch=1,
+                worker_id=cluster.of_role(role)[0].stores[0].member_id,
                 store=0,
                 tokens=[5] * 20,
                 num_prompt_tokens=20,

@@ -163,11 +163,15 @@ def test_a_broken_control_connection_leaks_nothing(mover: str) -> None:
             former_id = decode.stores[0].member_id
             # The worker comes back before the store notices by itself that it was gone.
             gateway = network.dealer(cluster.gateways[0].seams.pid, STORES[0])
-            network.delay(lambda pipe: pipe is gateway.outgoing, 0.1, 0.1)
-            network.break_link(network.dealer(decode.seams.pid, STORES[0]))
+            network.delay(lambda pipe: pipe is gateway.outgoing, 0.5, 0.5)
+            link = network.dealer(decode.seams.pid, STORES[0])
+            network.delay(lambda pipe: pipe.dealer is link, 0.05, 0.05)
+            await asyncio.sleep(0.1)
+            network.break_link(link)
             assert await output_of(stream) == mock_output([5] * 100, 1000)
             assert stream.timeline.num_attempts == 2
             assert decode.stores[0].member_id != former_id
+            assert network.num_lost > 0
             await cluster.settle()
             assert len(cluster.gateways[0].dispatcher.fleet.workers) == 3
 

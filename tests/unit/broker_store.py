@@ -30,8 +30,8 @@ class Store:
     def __init__(self, num_blocks: int = 8, pulling: str = "") -> None:
         numbers = itertools.count(1)
         self.ledger = Ledger(BlockPool(num_blocks), 2, lambda: f"h{next(numbers)}", growth_blocks=1)
-        self.members = {GATEWAY, PREFILL, DECODE, "other"}
-        self.broker = Broker(self.ledger, self._send, self.members.__contains__, pulling.__eq__)
+        self.roles = {GATEWAY: "gateway", PREFILL: "prefill", DECODE: "decode", "other": "gateway"}
+        self.broker = Broker(self.ledger, self._send, self.roles.get, pulling.__eq__)
         self._sent: list[tuple[str, Message]] = []
 
     def _send(self, member: str, message: Message) -> None:

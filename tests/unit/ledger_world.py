@@ -69,9 +69,7 @@ class LedgerWorld:
             lambda: f"handoff-{next(numbers)}",
             growth_blocks=growth_blocks,
         )
-        self.broker = Broker(
-            self.ledger, self._receive, lambda member: member in self.alive, lambda _member: False
-        )
+        self.broker = Broker(self.ledger, self._receive, self._role_of, lambda _member: False)
         self.alive = set(members)
         self.silent: set[str] = set()  # lost, but may still be writing
         self.held: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -132,6 +130,9 @@ class LedgerWorld:
                     self.content[block] = key
         if isinstance(message, Seal) or (isinstance(message, Quit) and message.epoch == was.epoch):
             self.held.pop((sender, handoff_id), None)
+
+    def _role_of(self, member: str) -> str | None:
+        return member.split("-", 1)[0] if member in self.alive else None
 
     def _receive(self, member: str, message: Message) -> None:
         if member in self.alive and isinstance(message, HandoffOpened | Failed):

@@ -63,7 +63,7 @@ def test_the_answer_tells_how_much_is_cached() -> None:
 @pytest.mark.parametrize("gone", [PREFILL, DECODE])
 def test_a_handoff_with_a_worker_that_has_gone_is_refused(gone: str) -> None:
     store = Store()
-    store.members.remove(gone)
+    del store.roles[gone]
     with pytest.raises(UnavailableError, match="has gone") as refused:
         store.open()
     assert refused.value.retry_after_s == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -193,4 +194,5 @@ LedgerMachine.TestCase.settings = settings(
     derandomize=True,
     report_multiple_bugs=False,
 )
-TestAnyMessagesInAnyOrder = LedgerMachine.TestCase
+# Only a failure takes long: it is reduced to the shortest history that shows it.
+TestAnyMessagesInAnyOrder = pytest.mark.timeout(400)(LedgerMachine.TestCase)
