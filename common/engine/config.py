@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config import StartError
+
 ARCHITECTURES = {  # by model_type
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -20,7 +22,7 @@ _MOST = 2**31 - 1  # of any size: positions are int32
 _MOST_LAYERS = 4096
 
 
-class ModelError(Exception):
+class ModelError(StartError):
     """A model folder, or a setting of the engine, that cannot be served: says which, and why."""
 
 

@@ -1,8 +1,9 @@
 """An engine without arithmetic: it sleeps, and its tokens tell whether it saw the right KV.
 
 The KV of a position is a number made of its token and its place, repeated over all its bytes; the
-next token is a function of the sum over all positions, read back from the arena. A block that is
-wrong, stale or missing therefore changes the output. `mock_token` says what is right.
+next token is a function of a sum over all positions, each with a weight of its own, read back from
+the arena. A block that is wrong, stale, missing or out of order therefore changes the output.
+`mock_token` says what is right.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def _kv(tokens: Sequence[int], start: int) -> UInt64Array:
     return _mix((positions << np.uint64(32)) + np.asarray(tokens, dtype=np.uint64))
 
 
+def _weighted(words: UInt64Array) -> int:
+    """One number for the KV words of positions 0, 1, ..."""
+    weights = _mix(np.arange(1, len(words) + 1, dtype=np.uint64)) | np.uint64(1)
+    return int((words * weights).sum(dtype=np.uint64))
+
+
 def _token(total: int) -> int:
     mixed = int(_mix(np.array([total % 2**64], dtype=np.uint64))[0])
     return _FIRST_TOKEN + mixed % (MOCK_VOCAB_SIZE - _FIRST_TOKEN)
@@ -43,7 +50,7 @@ def _token(total: int) -> int:
 
 def mock_token(tokens: Sequence[int]) -> int:
     """The token that follows `tokens`."""
-    return _token(int(_kv(tokens, 0).sum(dtype=np.uint64)) * _WORDS)
+    return _token(_weighted(_kv(tokens, 0) * np.uint64(_WORDS)))
 
 
 def mock_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -94,8 +101,6 @@ class MockEngine:
     def _read(self, work: Work) -> int:
         assert self._kv is not None
         length = work.start + work.num_tokens
-        full, rest = divmod(length, MOCK_LAYOUT.block_size)
-        total = int(self._kv[work.slots[:full]].sum(dtype=np.uint64))
-        if rest:
-            total += int(self._kv[work.slots[full], :rest].sum(dtype=np.uint64))
-        return _token(total)
+        num_blocks = -(-length // MOCK_LAYOUT.block_size)
+        blocks = self._kv[work.slots[:num_blocks]].reshape(-1, _WORDS)
+        return _token(_weighted(blocks[:length].sum(axis=1, dtype=np.uint64)))
