@@ -281,12 +281,12 @@ class Members(Message, tag="members"):
 # ---- between gateway and workers ----------------------------------------------------------------
 
 
-class Reserve(Message, tag="reserve"):
-    """Gateway to decode: keep a place for this request. Answered by ok when there is one.
+class _Request(Message):
+    """What both workers of a request need to know of it.
 
     `tokens` are the prompt and, when the request is placed again, its output so far;
-    `num_prompt_tokens` tells where the output begins. `prefill_here`: compute the prompt yourself.
-    `worker_id` is the member that the handoff was opened for: a later incarnation of it refuses.
+    `num_prompt_tokens` tells where the output begins. `worker_id` is the member that the handoff
+    was opened for: a later incarnation of it refuses.
     """
 
     handoff_id: str
@@ -297,20 +297,19 @@ class Reserve(Message, tag="reserve"):
     num_prompt_tokens: Count
     sampling: SamplingParams
     choice: Count
+
+
+class Reserve(_Request, tag="reserve"):
+    """Gateway to decode: keep a place for this request. Answered by ok when there is one.
+
+    `prefill_here`: compute the prompt yourself.
+    """
+
     prefill_here: bool = False
 
 
-class Prefill(Message, tag="prefill"):
-    """Gateway to prefill: compute the prompt, draw one token. Fields as in reserve."""
-
-    handoff_id: str
-    epoch: int
-    worker_id: MemberId
-    store: int
-    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
-    num_prompt_tokens: Count
-    sampling: SamplingParams
-    choice: Count
+class Prefill(_Request, tag="prefill"):
+    """Gateway to prefill: compute the prompt, draw one token. Answered by ok at once."""
 
 
 class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):

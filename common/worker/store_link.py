@@ -97,6 +97,9 @@ class StoreLink:
             self._former_ids.append(self.member_id)
             self.member_id = self._seams.rng.new_id()
             self._is_ready = False
+        return self._introduction()
+
+    def _introduction(self) -> Hello:
         return Hello(internal_version=INTERNAL_VERSION, member=self._describe(self.member_id))
 
     def _welcomed(self, welcome: Welcome) -> None:
@@ -124,14 +127,11 @@ class StoreLink:
         self.link.send(Heartbeat(load=self._load(), ready=True))
 
     def _data_link(self) -> Link:
-        def hello() -> Hello:
-            return Hello(internal_version=INTERNAL_VERSION, member=self._describe(self.member_id))
-
         return Link(
             self._seams.transport,
             self.welcome.data_endpoint,
             decoder(FromStore),
-            hello=hello,
+            hello=self._introduction,
             welcomed=lambda _: None,
             handle=lambda _: None,
             refused=self._data_refused,

@@ -65,8 +65,7 @@ class DecodeScheduler:
                 plan.steps.append((sequence, 1))
             elif lease.starved:
                 lease.starved = False  # what is given up now is worth asking for
-                plan.preempted.append(self._youngest(sequence.store, plan.preempted))
-        plan.steps = [step for step in plan.steps if step[0] not in plan.preempted]
+                plan.preempted.append(self._youngest(sequence.store))
         prompts = [
             sequence
             for sequence in self._active
@@ -85,9 +84,5 @@ class DecodeScheduler:
         sequence.grow(block)
         return True
 
-    def _youngest(self, store: int, preempted: list[Sequence]) -> Sequence:
-        return next(
-            sequence
-            for sequence in reversed(self._active)
-            if sequence.store == store and sequence not in preempted
-        )
+    def _youngest(self, store: int) -> Sequence:
+        return next(sequence for sequence in reversed(self._active) if sequence.store == store)

@@ -93,8 +93,11 @@ class DecodeRole:
         store = self._runtime.store_of(sequence)
         if sequence.incarnation == store.member_id:
             store.lease.add(sequence.blocks[sequence.num_committed :])
-            store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
+            self._return_surplus(store)
         self._fill_places()
+
+    def _return_surplus(self, store: StoreLink) -> None:
+        store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
 
     # ---- places -------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class DecodeRole:
 
     async def _refill(self, store: StoreLink, num_blocks: int) -> None:
         await store.refill(num_blocks)
-        store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
+        self._return_surplus(store)
         self._runtime.wake()
 
     async def _suspend(self, sequence: Sequence) -> None:
@@ -212,8 +215,8 @@ class DecodeRole:
         sequence.lose_blocks()
         self._places.leave(sequence.handoff_id)
         self._fill_places()
-        self._runtime.wake()
-        store.give_back(store.lease.surplus(self._scheduler.num_active(store.index)))
+        runtime.wake()
+        self._return_surplus(store)
         suspend = Suspend(
             handoff_id=sequence.handoff_id,
             epoch=sequence.epoch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.kv.hashing import prompt_keys, root_key
 from common.messages import (
@@ -17,6 +18,8 @@ from common.messages import (
 from kvbaton.errors import KvbatonError
 from services.gateway.fleet import Store, Worker
 from services.gateway.stream import RequestStream
+
+R = TypeVar("R", Reserve, Prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +92,26 @@ class Attempt:
 
     async def start(self, opened: HandoffOpened) -> None:
         """Take a place at decode, then have the prompt computed. Raises what they answer."""
-        place, request = self.place, self.stream.request
+        place = self.place
         colocated = place.prefill is place.decode
-        reserve = Reserve(
-            handoff_id=opened.handoff_id,
-            epoch=opened.epoch,
-            worker_id=self._decode_id,
-            store=place.store.index,
-            tokens=self._tokens,
-            num_prompt_tokens=len(request.prompt),
-            sampling=request.sampling,
-            choice=request.choice,
-            prefill_here=colocated,
-        )
+        reserve = self._request(Reserve, opened, self._decode_id)
+        reserve.prefill_here = colocated
         await place.decode.link.call(reserve, timeout_s=None)
-        if colocated:
-            return
-        prefill = Prefill(
+        if not colocated:
+            await place.prefill.link.call(self._request(Prefill, opened, self._prefill_id))
+
+    def _request(self, kind: type[R], opened: HandoffOpened, worker_id: str) -> R:
+        request = self.stream.request
+        return kind(
             handoff_id=opened.handoff_id,
             epoch=opened.epoch,
-            worker_id=self._prefill_id,
-            store=place.store.index,
+            worker_id=worker_id,
+            store=self.place.store.index,
             tokens=self._tokens,
             num_prompt_tokens=len(request.prompt),
             sampling=request.sampling,
             choice=request.choice,
         )
-        await place.prefill.link.call(prefill)
 
     def on_token(self, worker: Worker, token: OutputToken, now: float) -> None:
         """A token of this request, from either worker."""

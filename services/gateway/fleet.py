@@ -159,13 +159,15 @@ class Fleet:
             refused=_log_refused,
         )
 
-    def _hello(self) -> Hello:
+    def _hello(self, fingerprint: str = "") -> Hello:
+        """To a worker it names the model that the store said it serves."""
         member = Member(
             member_id=self._seams.rng.new_id(),
             role="gateway",
             name=self._name,
             host_id=self._seams.host_id,
             pid=self._seams.pid,
+            fingerprint=fingerprint,
         )
         return Hello(internal_version=INTERNAL_VERSION, member=member)
 
@@ -232,7 +234,7 @@ class Fleet:
             self._seams.transport,
             member.endpoint,
             decoder(FromWorker),
-            hello=self._hello,
+            hello=lambda: self._hello(member.fingerprint),
             welcomed=welcomed,
             handle=handle,
             refused=_log_refused,
