@@ -1,7 +1,8 @@
 """What the services say to each other: one closed union of tagged structs per direction.
 
-`call_id` is not 0 where an answer is expected; the answer carries the same number. Member, handoff
-and request ids are 32 hexadecimal digits; a block is named by its number in the host's arena.
+`call_id` is not 0 where an answer is expected; the answer carries the same one. `number` counts the
+messages of a connection, each way (common/net/order.py). Member and handoff ids are 32 hexadecimal
+digits; a request goes by the id that its client sees; a block is named by its number in the arena.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Annotated, Any
 import msgspec
 
 from common.kv.layout import KvLayout
+from kvbaton.admin import MAX_ID_CHARS, StoreAudit, StoreHistory
 from kvbaton.codec import Decoder
 from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 
-INTERNAL_VERSION = 1
+INTERNAL_VERSION = 2
 
 
 class StaleError(KvbatonError):
@@ -25,9 +27,19 @@ class StaleError(KvbatonError):
     status = 409
 
 
+class CorruptError(KvbatonError):
+    """Bytes of a block do not fit their digest: they are not used, and computed again."""
+
+    code = "corrupt"
+    status = 500
+
+
 # What a number or an id may be is checked where bytes become messages, not by each handler.
 MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Key = Annotated[bytes, msgspec.Meta(max_length=64)]
+RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 Block = Count
 TokenId = Count
 
@@ -36,6 +48,7 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"
     """Base of all; unknown keys are ignored, so that a newer peer may add fields."""
 
     call_id: int = 0
+    number: int = 0
 
 
 # ---- every connection -------------------------------------------------------------------------
@@ -123,19 +136,22 @@ class Stopped(Message, tag="stopped"):
 
 class OpenHandoff(Message, tag="open"):
     """Gateway: reserve room for a prompt and pin its cached blocks. Answered by HandoffOpened once
-    there is room. `keys` are those of the prompt's full blocks, `root_key` their first parent."""
+    there is room. `keys` are those of the prompt's full blocks, `root_key` their first parent;
+    `tenant` tells whose share of the cache they count for."""
 
     request_id: str
     prefill_id: MemberId
     decode_id: MemberId
-    root_key: bytes
-    keys: list[bytes]
+    tenant: Key
+    root_key: Key
+    keys: list[Key]
     num_tokens: Count
 
 
 class AbortHandoff(Message, tag="abort"):
-    """Gateway: end the handoff wherever it stands. Before its id is known it is named by the
-    `open_call_id` of the call that opens it."""
+    """Gateway: end the handoff wherever it stands, nothing of it counts any more: also the answer
+    to `aborted`. Before its id is known it is named by the `open_call_id` of the call that opens
+    it."""
 
     handoff_id: str = ""
     open_call_id: int = 0
@@ -157,7 +173,7 @@ class Commit(_HandoffStep, tag="commit"):
 
     first_index: Count
     blocks: list[Block]
-    keys: list[bytes] = []
+    keys: list[Key] = []
 
 
 class Seal(_HandoffStep, tag="seal"):
@@ -200,15 +216,54 @@ class GiveBack(Message, tag="give_back"):
 
 
 class PutBlocks(_HandoffStep, tag="put"):
-    """Bytes of blocks, one frame each, for an arena the sender cannot map. Answered by ok."""
+    """Bytes of blocks from `first_index` on, one frame each, for an arena the sender cannot map.
+    Answered by ok. `digests` are those of common/kv/integrity.py; `keys` as in `commit`."""
 
+    first_index: Count
     blocks: list[Block]
+    digests: list[Key]
+    keys: list[Key] = []
 
 
 class GetBlocks(_HandoffStep, tag="get"):
-    """Ask for the bytes of blocks that the handoff holds. Answered by BlockBytes and frames."""
+    """Ask for the bytes of blocks of the handoff, by their places in its table. Answered by
+    BlockBytes and frames."""
 
-    blocks: list[Block]
+    indexes: list[Count]
+
+
+class Discard(_HandoffStep, tag="discard"):
+    """A worker got bytes that do not fit their digest: nobody else shall find these blocks."""
+
+    indexes: list[Count]
+
+
+class AskAudit(Message, tag="ask_audit"):
+    """Gateway: do your books close, and do your members agree. Answered by Audited."""
+
+
+class AskWhy(Message, tag="ask_why"):
+    """Gateway: what do you remember of a block, or of a request or handoff. Answered by Told."""
+
+    block: Block | None = None
+    names: Annotated[list[RequestName], msgspec.Meta(max_length=4)] = []
+
+
+class HeldSequence(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A sequence as its worker holds it: `blocks[:num_committed]` are final."""
+
+    handoff_id: str
+    epoch: int
+    blocks: list[Block] = []
+    num_committed: Count = 0
+
+
+class Holdings(Message, tag="holdings"):
+    """Worker: the answer to ReportHoldings, all that it holds of this store."""
+
+    audit_id: Count
+    sequences: list[HeldSequence] = []
+    spare: list[Block] = []
 
 
 # ---- from the store -----------------------------------------------------------------------------
@@ -225,32 +280,38 @@ class HandoffOpened(Message, tag="opened"):
 class Granted(Message, tag="granted"):
     """The handoff's block table; the first `num_committed` are final, the rest the caller's.
 
-    The store knows the keys of the first `num_keys` blocks; `last_key` is the last of them, the
-    parent of what comes after.
+    The store knows the keys of the first `num_keys` blocks. `stamps` are the blocks' for who moves
+    bytes, else empty.
     """
 
     blocks: list[int]
     num_committed: int
     num_keys: int
-    last_key: bytes
+    stamps: list[Stamp] = []
 
 
 class Leased(Message, tag="leased"):
-    """Free blocks, fewer than asked for when the store has no more."""
+    """Free blocks, fewer than asked for when the store has no more; `stamps` as in Granted."""
 
     blocks: list[int]
+    stamps: list[Stamp] = []
 
 
 class BlockBytes(Message, tag="bytes"):
-    """The bytes asked for follow as frames, one for each block."""
+    """The bytes asked for follow as frames, one for each block, each with its digest."""
+
+    digests: list[Key]
 
 
 class Filled(Message, tag="filled"):
-    """To decode: more of the handoff's blocks are final and may be pulled."""
+    """To decode: more of the handoff's blocks, from `first_index` on, are final and may be pulled.
+    A block and its stamp name one content, which need not be pulled twice."""
 
     handoff_id: str
     epoch: int
+    first_index: Count
     blocks: list[int]
+    stamps: list[Stamp]
 
 
 class Sealed(Message, tag="sealed"):
@@ -274,8 +335,28 @@ class Members(Message, tag="members"):
 
     members: list[Member]
     blocks: dict[str, int] = {}
+    counters: dict[str, float] = {}
+    handoffs: dict[str, int] = {}
     num_handoffs: int = 0
     num_waiting: int = 0
+
+
+class ReportHoldings(Message, tag="report"):
+    """To workers: say what you hold. Answered by Holdings."""
+
+    audit_id: Count
+
+
+class Audited(Message, tag="audited"):
+    """The books of this store."""
+
+    audit: StoreAudit
+
+
+class Told(Message, tag="told"):
+    """What this store remembers."""
+
+    history: StoreHistory
 
 
 # ---- between gateway and workers ----------------------------------------------------------------
@@ -286,13 +367,15 @@ class _Request(Message):
 
     `tokens` are the prompt and, when the request is placed again, its output so far;
     `num_prompt_tokens` tells where the output begins. `worker_id` is the member that the handoff
-    was opened for: a later incarnation of it refuses.
+    was opened for: a later incarnation of it refuses. From `root_key` and the tokens follow the
+    keys of the blocks, and with them what their digests must be.
     """
 
     handoff_id: str
     epoch: int
     worker_id: MemberId
     store: int
+    root_key: Key
     tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
     num_prompt_tokens: Count
     sampling: SamplingParams
@@ -341,11 +424,12 @@ class Dropped(Message, tag="dropped"):
 
 ToStore = (
     Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
-    | Release | Suspend | Quit | Lease | GiveBack | PutBlocks | GetBlocks
+    | Release | Suspend | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
+    | AskAudit | AskWhy | Holdings
 )  # fmt: skip
 FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
-    | Aborted | Members
+    | Aborted | Members | ReportHoldings | Audited | Told
 )  # fmt: skip
 ToWorker = Hello | Heartbeat | Reserve | Prefill
 FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped

@@ -10,8 +10,10 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -56,6 +58,43 @@ class Processes(Protocol):
     def on_exit(self, pid: int, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` once the process has ended, soon if it has already; returns a way to stop
         watching. A process that cannot be watched counts as running."""
+
+
+class Files(Protocol):
+    """Files on a disk that may be slow, full, torn or lying.
+
+    All but `run` and `close` block: they are called by the work given to `run`, and raise OSError.
+    """
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do the work off the event loop; one piece of work at a time, in order.
+
+        Returns or raises only once the work has ended or is sure never to begin, also when
+        cancelled: the work uses memory of the caller.
+        """
+
+    def lock_folder(self, folder: str) -> None:
+        """Make a folder for this user alone, and keep it locked until `close`. Raises StartError if
+        others may enter it, or another process has locked it."""
+
+    def list_folder(self, folder: str) -> dict[str, int]:
+        """Sizes in bytes of the files in it, by name."""
+
+    def read(self, path: str, offset: int, parts: Sequence[memoryview]) -> int:
+        """Fill the parts from there on; returns the number of bytes before the end of the file."""
+
+    def write(self, path: str, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write the parts from there on; makes the file. Returns when the operating system has
+        them: a loss of power may take them away. After an error a part of them may be there."""
+
+    def save(self, path: str, content: bytes) -> None:
+        """Replace a small file as a whole; returns when it is on the disk."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file. Removing what is not there is no error."""
+
+    def close(self) -> None:
+        """Wait for the work that has begun, and unlock the folders."""
 
 
 class LiveClock:

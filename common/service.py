@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import structlog
 
 from common.config import StartError
+from common.files import LiveFiles
 from common.kv.arena import LiveDisk
 from common.log import configure_logging
 from common.net.transport import Transport
 from common.net.zmq_transport import ZmqTransport
-from common.seams import Clock, Disk, LiveClock, LiveProcesses, LiveRng, Processes, Rng
+from common.seams import Clock, Disk, Files, LiveClock, LiveProcesses, LiveRng, Processes, Rng
 
 log = structlog.get_logger()
 
@@ -34,6 +35,7 @@ class Seams:
     clock: Clock
     rng: Rng
     disk: Disk
+    files: Files
     processes: Processes
     host_id: str  # processes with equal ids can share memory
     pid: int
@@ -139,6 +141,7 @@ async def serve(name: str, log_level: str, make_service: Callable[[Seams], Servi
         return EXIT_MISCONFIGURED
     finally:
         seams.transport.close()
+        seams.files.close()
 
 
 def live_seams() -> Seams:
@@ -147,5 +150,12 @@ def live_seams() -> Seams:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     host_id = f"{boot_id}/{Path('/proc/self/ns/pid').readlink()}"
     return Seams(
-        ZmqTransport(), LiveClock(), LiveRng(), LiveDisk(), LiveProcesses(), host_id, os.getpid()
+        transport=ZmqTransport(),
+        clock=LiveClock(),
+        rng=LiveRng(),
+        disk=LiveDisk(),
+        files=LiveFiles(),
+        processes=LiveProcesses(),
+        host_id=host_id,
+        pid=os.getpid(),
     )

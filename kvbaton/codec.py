@@ -38,7 +38,8 @@ class Decoder(Generic[T]):
     """
 
     def __init__(self, union: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self._union = union
+        # msgspec keeps what it knows of a struct, but looks at a bare union anew for each message.
+        self._boxed = msgspec.defstruct("Boxed", [("message", union)], array_like=True)
         self._max_bytes = max_bytes
 
     def decode(self, raw: bytes | memoryview) -> T:
@@ -57,10 +58,12 @@ class Decoder(Generic[T]):
                 max_map_len=min(size, MAX_MAP_ITEMS),
                 max_ext_len=0,
             )
-            message: T = msgspec.convert(value, self._union)
+            boxed: Any = msgspec.convert([value], self._boxed)
+            message: T = boxed.message
         except ProtocolError:
             raise
         except (ValueError, TypeError, msgspec.ValidationError, RecursionError) as error:
             # msgpack's own exceptions are ValueErrors, but for a few that leak as TypeError.
-            raise ProtocolError(f"not a message of this protocol: {error}") from error
+            reason = str(error).replace("`$[0]", "`$")  # the box is ours, not the sender's
+            raise ProtocolError(f"not a message of this protocol: {reason}") from error
         return message

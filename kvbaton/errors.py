@@ -43,6 +43,13 @@ class TooLargeError(KvbatonError):
     status = 413
 
 
+class ForbiddenError(KvbatonError):
+    """The sender has not shown that it may ask this."""
+
+    code = "forbidden"
+    status = 403
+
+
 class NotFoundError(KvbatonError):
     """The model, request or route named does not exist."""
 
@@ -102,6 +109,7 @@ _BY_CODE: dict[str, type[KvbatonError]] = {
         InvalidRequestError,
         UnprocessableError,
         TooLargeError,
+        ForbiddenError,
         NotFoundError,
         UnavailableError,
         OverloadedError,

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from kvbaton.errors import KvbatonError
-from kvbaton.protocol import Done, Timings, Token, Usage
+from kvbaton.errors import KvbatonError, ProtocolError
+from kvbaton.protocol import Done, Timings, Token, Tokens, Usage
 from kvbaton.session import Event
 
 
 class GenerationBase:
-    """`finish_reason`, `usage` and `timings` are None until the last token has been read.
+    """`finish_reason`, `usage` and `timings` are None until the last token has been read, and
+    `request_id`, by which the cluster knows the request, is "".
 
     The request is cancelled when its handle is dropped, and at the end of a `with` block around it.
     """
@@ -25,6 +26,7 @@ class GenerationBase:
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self.timings: Timings | None = None
+        self.request_id = ""
         self._loop = loop
         self._cancel = cancel
         self._tokens: deque[Token] = deque()
@@ -61,8 +63,12 @@ class GenerationBase:
             self.finish_reason = event.finish_reason
             self.usage = event.usage
             self.timings = event.timings
-        else:
+            self.request_id = event.request_id
+        elif isinstance(event, Tokens):
             self._tokens.extend(event.tokens)
+        else:
+            self._has_ended = True
+            raise ProtocolError("the gateway answered what was not asked")
 
     def _next_token(self) -> Token | None:
         """The next token already received."""

@@ -6,8 +6,11 @@ connection; a message is one MessagePack map whose `type` names one of the struc
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from kvbaton.admin import MAX_ID_CHARS, StoreAudit, StoreHistory
 from kvbaton.codec import Decoder
 from kvbaton.sampling import SamplingParams
 
@@ -15,6 +18,7 @@ PROTOCOL_VERSION = 1
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
+MAX_CACHE_SALT_CHARS = 256
 MAX_DEADLINE_MS = 2**31 - 1
 MAX_REQUESTS_IN_FLIGHT = 1024  # of one connection
 PING_INTERVAL_S = 5.0
@@ -62,6 +66,7 @@ class Generate(_Message, frozen=True, tag="generate"):
     sampling: SamplingParams = SamplingParams()
     stop: list[str] = []
     deadline_ms: int | None = None
+    cache_salt: str | None = None
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
@@ -72,6 +77,26 @@ class Cancel(_Message, frozen=True, tag="cancel"):
 
 class Ping(_Message, frozen=True, tag="ping"):
     """Asks for a sign of life; a client with requests in flight sends one when all is quiet."""
+
+
+class Audit(_Message, frozen=True, tag="audit"):
+    """An operator asks whether the books of every KV store close. Answered by `audited`."""
+
+    id: int
+    admin_key: str
+
+
+class Why(_Message, frozen=True, tag="why"):
+    """An operator asks what happened to a block, or to a request or handoff. Answered by `told`.
+
+    Exactly one of `block` and `name` is given; `store` is needed where there are several.
+    """
+
+    id: int
+    admin_key: str
+    block: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] | None = None
+    store: int | None = None
+    name: Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)] | None = None
 
 
 class Pong(_Message, frozen=True, tag="pong"):
@@ -125,6 +150,22 @@ class Done(_Message, frozen=True, tag="done"):
     finish_reason: str
     usage: Usage
     timings: Timings
+    request_id: str = ""
+
+
+class Audited(_Message, frozen=True, tag="audited"):
+    """The books of every store. `closes`: every store answered and every count agrees."""
+
+    id: int
+    closes: bool
+    stores: list[StoreAudit]
+
+
+class Told(_Message, frozen=True, tag="told"):
+    """What every store remembers of what was asked about."""
+
+    id: int
+    stores: list[StoreHistory]
 
 
 class Error(_Message, frozen=True, tag="error"):
@@ -142,8 +183,8 @@ class Error(_Message, frozen=True, tag="error"):
 
 HELLO_REQUIRED = "hello_required"
 
-ClientMessage = Hello | Generate | Cancel | Ping
-GatewayMessage = Welcome | Tokens | Done | Error | Pong
+ClientMessage = Hello | Generate | Cancel | Ping | Audit | Why
+GatewayMessage = Welcome | Tokens | Done | Error | Pong | Audited | Told
 
 
 def client_message_decoder() -> Decoder[ClientMessage]:

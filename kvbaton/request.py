@@ -18,7 +18,8 @@ class RequestOptions(TypedDict, total=False):
     """Keyword arguments of `generate`; None is the same as not given.
 
     A request has exactly one of text, `token_ids` and `messages`. `stop` ends the output before any
-    of these strings. `deadline_s` counts from the moment the gateway has the request. The rest is
+    of these strings. `deadline_s` counts from the moment the gateway has the request. Prompts share
+    cached KV only with prompts of an equal `cache_salt`. The rest is
     kvbaton.sampling.SamplingParams.
     """
 
@@ -27,6 +28,7 @@ class RequestOptions(TypedDict, total=False):
     model: str | None
     stop: str | Sequence[str] | None
     deadline_s: float | None
+    cache_salt: str | None
     max_tokens: int | None
     temperature: float | None
     top_p: float | None

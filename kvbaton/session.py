@@ -22,6 +22,7 @@ from kvbaton.errors import (
 from kvbaton.protocol import (
     HELLO_REQUIRED,
     PROTOCOL_VERSION,
+    Audited,
     Cancel,
     Done,
     Error,
@@ -29,13 +30,14 @@ from kvbaton.protocol import (
     Hello,
     Ping,
     Tokens,
+    Told,
     Welcome,
 )
 
 MAX_SILENT_TICKS = 3
 
-# What a request hears: tokens, then one `Done` or error, which is the last.
-Event = Tokens | Done | KvbatonError
+# What a request hears: tokens, then one of the others, which is the last.
+Event = Tokens | Done | Audited | Told | KvbatonError
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class Session:
             self._send(self._hello)
 
     def start(self, request_id: int, raw: bytes, sink: Callable[[Event], None]) -> None:
-        """Send an encoded `generate`, now or when the gateway has said welcome."""
+        """Send an encoded `generate`, `audit` or `why`, now or when the gateway has welcomed us."""
         if self.error is not None:
             sink(copy(self.error))
         else:
@@ -96,7 +98,7 @@ class Session:
             request = self._requests.get(message.id)
             if request is not None:
                 request.sink(message)
-        elif isinstance(message, Done):
+        elif isinstance(message, Done | Audited | Told):
             self._finish(message.id, message)
         elif isinstance(message, Error):
             self._on_error(message)
@@ -133,7 +135,7 @@ class Session:
             full = OverloadedError(f"the queue to {self._endpoint} is full")
             self._finish(request_id, full)
 
-    def _finish(self, request_id: int, event: Done | KvbatonError) -> None:
+    def _finish(self, request_id: int, event: Event) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
             request.sink(event)

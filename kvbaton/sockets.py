@@ -61,15 +61,17 @@ class EventSocket:
         if self.raw.closed:
             return False
         is_small = all(len(frame) < COPY_BELOW_BYTES for frame in frames)
+        is_queued = True
         try:
             self.raw.send_multipart(frames, zmq.NOBLOCK, copy=is_small)
         except zmq.ZMQError as error:
-            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                return False
-            raise
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            is_queued = False
+        # Any send, a refused one too, may have taken the edge that tells of an arrival.
         if cast(int, self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._schedule()
-        return True
+        return is_queued
 
     def close(self) -> None:
         """Idempotent. Last words have `linger_ms` to leave, which the context waits for."""

@@ -15,7 +15,7 @@ BUDGETS_S = {
     "unit": 150,
     "wire": 30,
     "net": 60,
-    "sim": 120,
+    "sim": 200,
     "cluster": 420,
     "security": 60,
     "packaging": 120,

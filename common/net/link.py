@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 
 from common.messages import Failed, Hello, Message, StaleError, Welcome
+from common.net.order import Incoming, Verdict, first_number, is_of_connection, read
 from common.net.transport import Frame, Transport
 from kvbaton.codec import Decoder, encode
 from kvbaton.errors import ConnectionLostError, KvbatonError, ProtocolError, error_from_wire
@@ -16,7 +18,6 @@ from kvbaton.protocol import HELLO_REQUIRED
 log = structlog.get_logger()
 
 CALL_TIMEOUT_S = 60.0
-HELLO_PAUSE_S = 0.5  # several messages in flight draw several "hello_required": one hello is enough
 
 
 class Link:
@@ -24,8 +25,9 @@ class Link:
 
     `handle(message)` gets what is pushed, and answers that nobody waits for any more: they may have
     brought something that must be given back. `welcomed(welcome)` runs at each welcome: at first,
-    and whenever the other end had forgotten us (it restarted, or the connection broke). Calls in
-    flight then fail with ConnectionLostError. `refused(error)` runs when our hello is refused.
+    and whenever the connection was started anew: the other end had forgotten us (it restarted, or
+    the connection broke), or a message was lost. Calls in flight then fail with
+    ConnectionLostError. `refused(error)` runs when our hello is refused.
     """
 
     def __init__(
@@ -47,8 +49,12 @@ class Link:
         self._refused = refused
         self._calls: dict[int, asyncio.Future[tuple[Message, list[memoryview]]]] = {}
         self._last_call_id = 0
+        self.num_ignored = 0  # messages that had come before, or are of a former connection
+        self._num_hellos = 0
+        self._first_number = 0  # of this connection, each way
+        self._next_number = 0  # of what is sent
+        self._incoming = Incoming(0)
         self._hello_call_id = 0
-        self._hello_at = 0.0
         self._must_greet = False
         self._loop = asyncio.get_running_loop()
         self._socket = transport.dealer(endpoint, self._on_frames)
@@ -65,7 +71,14 @@ class Link:
     def _send(self, message: Message, bulk: Sequence[Frame]) -> bool:
         if self._must_greet and not self._say_hello():
             return False
-        return self._socket.send([encode(message), *bulk])
+        return self._send_numbered(message, bulk)
+
+    def _send_numbered(self, message: Message, bulk: Sequence[Frame]) -> bool:
+        numbered = msgspec.structs.replace(message, number=self._next_number)
+        if not self._socket.send([encode(numbered), *bulk]):
+            return False  # and the number is still free
+        self._next_number += 1
+        return True
 
     async def call(
         self,
@@ -100,6 +113,11 @@ class Link:
             if not self._send(message, bulk):
                 raise ConnectionLostError(f"{self.endpoint} takes no more messages")
             return await future
+        except asyncio.CancelledError:
+            # It may have come in the very moment: then it is one that nobody waits for.
+            if not future.cancelled() and future.exception() is None:
+                self._handle(future.result()[0])
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
@@ -111,15 +129,20 @@ class Link:
 
     def reset(self) -> None:
         """Give up on calls in flight and introduce ourselves again."""
-        self._fail_all("the connection was reset")
+        self._start_anew("the connection was reset")
+
+    def _start_anew(self, reason: str) -> None:
+        self._fail_all(reason)
         self._say_hello()
 
     def _say_hello(self) -> bool:
         hello = self._hello()
-        self._hello_at = self._loop.time()
         self._last_call_id += 1
         self._hello_call_id = hello.call_id = self._last_call_id
-        self._must_greet = not self._socket.send([encode(hello)])
+        self._first_number = self._next_number = first_number(self._num_hellos)
+        self._num_hellos += 1
+        self._incoming = Incoming(self._first_number)
+        self._must_greet = not self._send_numbered(hello, [])
         return not self._must_greet
 
     def _fail(self, call_id: int, reason: str) -> None:
@@ -128,35 +151,51 @@ class Link:
             future.set_exception(ConnectionLostError(f"{self.endpoint}: {reason}"))
 
     def _fail_all(self, reason: str) -> None:
-        self._fail_before(self._last_call_id + 1, reason)
-
-    def _fail_before(self, end: int, reason: str) -> None:
-        for call_id in [call_id for call_id in self._calls if call_id < end]:
+        for call_id in list(self._calls):
             self._fail(call_id, reason)
 
     def _on_frames(self, frames: list[memoryview]) -> None:
-        try:
-            message = self._decoder.decode(frames[0])
-        except (ProtocolError, IndexError) as error:
-            log.error("message_refused", endpoint=self.endpoint, reason=str(error))
-            return
-        if isinstance(message, Welcome):
-            # Calls made after our hello are good: the other end takes messages in order.
-            self._fail_before(message.call_id, "the other end had forgotten this connection")
+        message, refusal = read(self._decoder, frames)
+        if isinstance(message, Failed) and message.code == HELLO_REQUIRED:
+            # Each message in flight draws one: those after the first are of a former connection.
+            if is_of_connection(message.number, self._first_number):
+                self._start_anew("the other end had forgotten this connection")
+        elif isinstance(message, Failed) and not message.number:  # to one it does not know
+            self._on_failed(message)
+        elif refusal is not None and not message.number:
+            self._log_refused(refusal.message)
+        elif self._is_next(message):
+            self._on_message(message, refusal, frames[1:])
+
+    def _is_next(self, message: Message) -> bool:
+        verdict = self._incoming.take(message.number)
+        if verdict is Verdict.SEEN:
+            self.num_ignored += 1
+            log.debug("message_ignored", type=type(message).__name__, number=message.number)
+        elif verdict is Verdict.GAP:
+            log.warning("messages_lost", endpoint=self.endpoint)
+            self._start_anew("a message was lost")
+        return verdict is Verdict.NEXT
+
+    def _on_message(
+        self, message: Message, refusal: ProtocolError | None, bulk: list[memoryview]
+    ) -> None:
+        if refusal is not None:
+            self._log_refused(refusal.message)
+            self._answer(message.call_id, refusal)
+        elif isinstance(message, Welcome):
             self._welcomed(message)
         elif isinstance(message, Failed):
             self._on_failed(message)
         elif message.call_id:
-            self._answer(message.call_id, (message, frames[1:]))
+            self._answer(message.call_id, (message, bulk))
         else:
             self._handle(message)
 
+    def _log_refused(self, reason: str) -> None:
+        log.error("message_refused", endpoint=self.endpoint, reason=reason)
+
     def _on_failed(self, failed: Failed) -> None:
-        if failed.code == HELLO_REQUIRED:
-            self._fail_all("the other end had forgotten this connection")
-            if self._loop.time() - self._hello_at > HELLO_PAUSE_S:
-                self._say_hello()
-            return
         error = (
             StaleError(failed.message)
             if failed.code == StaleError.code

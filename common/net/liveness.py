@@ -22,6 +22,10 @@ class Liveness(Generic[Peer]):
     def forget(self, peer: Peer) -> None:
         self._heard_at.pop(peer, None)
 
+    def next_expiry(self, now: float) -> float:
+        """The earliest time at which somebody could be lost."""
+        return next(iter(self._heard_at.values()), now) + self.timeout_s
+
     def expire(self, now: float) -> list[Peer]:
         """Forget and return the lost."""
         lost = []

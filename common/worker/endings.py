@@ -44,8 +44,11 @@ class Endings:
         self.abort(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence that is not finished."""
-        self.end(sequence, Quit(handoff_id=sequence.handoff_id, epoch=sequence.epoch))
+        """End a sequence that is not finished, or whose end the store does not wait for."""
+        quits = Quit(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
+        if sequence.ending is not None:
+            sequence.ending = quits  # what was to be said would be refused, and nothing follow it
+        self.end(sequence, quits)
 
     def end(self, sequence: Sequence, message: Message) -> None:
         """The sequence is over; `message` tells the store once nothing uses its blocks."""

@@ -16,6 +16,10 @@ class BlockLease:
     def __len__(self) -> int:
         return len(self._spare)
 
+    def blocks(self) -> list[int]:
+        """The spare blocks."""
+        return list(self._spare)
+
     def take(self) -> int | None:
         """A spare block, or None."""
         return self._spare.popleft() if self._spare else None

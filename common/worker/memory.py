@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from common.seams import Disk
 
@@ -17,13 +16,13 @@ class WorkerMemory:
     same size, in which a block has the same number.
     """
 
-    def __init__(self, disk: Disk, block_bytes: int, num_blocks: Sequence[int]) -> None:
-        """`num_blocks` of each store. Private memory is taken page by page as it is touched."""
+    def __init__(self, disk: Disk, block_bytes: int, num_blocks: int, num_places: int) -> None:
+        """`num_blocks` in each place. Private memory is taken page by page as it is touched."""
         self._disk = disk
         self._block_bytes = block_bytes
         unit = math.lcm(block_bytes, _PAGE_BYTES)  # a place starts at a page and at a block
-        self._place_bytes = -(-max(num_blocks) * block_bytes // unit) * unit
-        self.all = disk.reserve(self._place_bytes * len(num_blocks))
+        self._place_bytes = -(-num_blocks * block_bytes // unit) * unit
+        self.all = disk.reserve(self._place_bytes * num_places)
 
     def map(self, index: int, arena_path: str) -> None:
         """Put a store's arena in its place. Raises ArenaError if it cannot be mapped."""

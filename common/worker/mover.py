@@ -1,8 +1,8 @@
 """Movers make blocks of the store's arena usable where a worker computes.
 
 `shm`: the worker maps the very arena; nothing moves. `zmq`: the worker computes in memory of its
-own and block bytes travel as frames. A block has the same number in both, so a block table means
-the same everywhere.
+own and block bytes travel as frames, each with a digest. A block has the same number in both, so a
+block table means the same everywhere; what is already held here is not pulled again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from common.messages import BlockBytes, GetBlocks, PutBlocks
+from common.kv.integrity import block_digest
+from common.messages import BlockBytes, CorruptError, GetBlocks, PutBlocks, StaleError
 from common.net.link import Link
+from common.worker.sequence import Piece
+from kvbaton.errors import ProtocolError
 
 BYTES_IN_FLIGHT = 8 * 1024 * 1024  # each way: what may be on its way before an answer came
 MESSAGE_BYTES = 1024 * 1024  # a message's share, small so that neither end's loop stalls on it
+
+
+class CorruptPiecesError(CorruptError):
+    """Pieces came with bytes that do not fit their digests."""
+
+    def __init__(self, indexes: list[int]) -> None:
+        super().__init__(f"blocks at {indexes} of the table do not fit their digests")
+        self.indexes = indexes
 
 
 class Mover(Protocol):
@@ -24,13 +35,22 @@ class Mover(Protocol):
     moves: bool
     num_bytes_moved: int
 
-    async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
-        """Make blocks that were written here readable elsewhere."""
+    def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
+        """The store said what these blocks are now."""
+
+    async def push(self, handoff_id: str, epoch: int, pieces: Sequence[Piece], /) -> None:
+        """Make consecutive blocks that were written here readable elsewhere."""
 
     async def pull(
-        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
-    ) -> None:
-        """Make final blocks readable here, while they are wanted: nothing is written after that."""
+        self,
+        handoff_id: str,
+        epoch: int,
+        pieces: Sequence[Piece],
+        is_wanted: Callable[[], bool],
+        /,
+    ) -> int:
+        """Make final blocks readable here, while they are wanted: nothing is written after that.
+        Returns how many had to be moved. Raises CorruptPiecesError."""
 
 
 class ShmMover:
@@ -39,13 +59,15 @@ class ShmMover:
     moves = False
     num_bytes_moved = 0
 
-    async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
+    def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
+        """There are no copies."""
+
+    async def push(self, *_: object) -> None:
         """Nothing moves."""
 
-    async def pull(
-        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
-    ) -> None:
+    async def pull(self, *_: object) -> int:
         """Nothing moves."""
+        return 0
 
 
 class ZmqMover:
@@ -62,43 +84,99 @@ class ZmqMover:
         self._block_bytes = block_bytes
         self._batch = max(1, MESSAGE_BYTES // block_bytes)
         self._credits = asyncio.Semaphore(max(1, BYTES_IN_FLIGHT // (self._batch * block_bytes)))
+        self._stamps: dict[int, int] = {}  # what each block is, as far as we were told
+        self._held: dict[int, int] = {}  # which stamp's bytes our copy of a block has
         self.num_bytes_moved = 0
 
-    async def push(self, handoff_id: str, epoch: int, blocks: Sequence[int]) -> None:
-        async def push_batch(batch: list[int]) -> None:
-            message = PutBlocks(handoff_id=handoff_id, epoch=epoch, blocks=batch)
-            await self._link.call(message, [self._bytes(block) for block in batch])
+    def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
+        self._stamps.update(zip(blocks, stamps, strict=True))
 
-        await self._in_batches(push_batch, blocks)
+    async def push(self, handoff_id: str, epoch: int, pieces: Sequence[Piece]) -> None:
+        async def push_batch(batch: Sequence[Piece]) -> None:
+            stamps = [self._stamp(piece.block) for piece in batch]
+            frames = [self._bytes(piece.block) for piece in batch]
+            message = PutBlocks(
+                handoff_id=handoff_id,
+                epoch=epoch,
+                first_index=batch[0].place,
+                blocks=[piece.block for piece in batch],
+                digests=[
+                    block_digest(piece.key, stamp, frame)
+                    for piece, stamp, frame in zip(batch, stamps, frames, strict=True)
+                ],
+                keys=[piece.key for piece in batch],
+            )
+            await self._link.call(message, frames)
+            self._held.update((piece.block, s) for piece, s in zip(batch, stamps, strict=True))
+
+        await self._in_batches(push_batch, pieces)
 
     async def pull(
-        self, handoff_id: str, epoch: int, blocks: Sequence[int], is_wanted: Callable[[], bool]
-    ) -> None:
-        async def pull_batch(batch: list[int]) -> None:
-            message = GetBlocks(handoff_id=handoff_id, epoch=epoch, blocks=batch)
+        self,
+        handoff_id: str,
+        epoch: int,
+        pieces: Sequence[Piece],
+        is_wanted: Callable[[], bool],
+    ) -> int:
+        num_pulled = 0
+
+        async def pull_batch(batch: Sequence[Piece]) -> None:
+            nonlocal num_pulled
+            indexes = [piece.place for piece in batch]
+            message = GetBlocks(handoff_id=handoff_id, epoch=epoch, indexes=indexes)
+            stamps = [self._stamp(piece.block) for piece in batch]
             answer, frames = await self._link.call_bulk(message)
             assert isinstance(answer, BlockBytes)
-            if is_wanted():
-                for block, frame in zip(batch, frames, strict=True):
-                    self._bytes(block)[:] = frame
+            self._take(batch, stamps, answer.digests, frames, is_wanted)
+            num_pulled += len(batch)
 
-        await self._in_batches(pull_batch, blocks)
+        missing = [p for p in pieces if self._held.get(p.block) != self._stamp(p.block)]
+        await self._in_batches(pull_batch, missing)
+        return num_pulled
+
+    def _stamp(self, block: int) -> int:
+        stamp = self._stamps.get(block)
+        if stamp is None:
+            raise StaleError("the block was granted before the store was joined anew")
+        return stamp
+
+    def _take(
+        self,
+        batch: Sequence[Piece],
+        stamps: list[int],
+        digests: list[bytes],
+        frames: list[memoryview],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        if not len(batch) == len(digests) == len(frames):
+            raise ProtocolError(f"asked for {len(batch)} blocks, {len(frames)} came")
+        corrupt: list[int] = []
+        for piece, stamp, digest, frame in zip(batch, stamps, digests, frames, strict=True):
+            if frame.nbytes != self._block_bytes:
+                raise ProtocolError(f"a block is {self._block_bytes} bytes, got {frame.nbytes}")
+            if block_digest(piece.key, stamp, frame) != digest:
+                corrupt.append(piece.place)
+            elif is_wanted():
+                self._bytes(piece.block)[:] = frame
+                self._held[piece.block] = stamp
+        if corrupt:
+            raise CorruptPiecesError(corrupt)
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
 
     async def _in_batches(
-        self, move: Callable[[list[int]], Awaitable[None]], blocks: Sequence[int]
+        self, move: Callable[[Sequence[Piece]], Awaitable[None]], pieces: Sequence[Piece]
     ) -> None:
         """Move blocks in messages of bounded size, with bounded bytes under way. All have ended
         when this does, also when one has failed: nothing reads or writes memory after that."""
 
-        async def move_batch(batch: list[int]) -> None:
+        async def move_batch(batch: Sequence[Piece]) -> None:
             async with self._credits:
                 await move(batch)
                 self.num_bytes_moved += len(batch) * self._block_bytes
 
-        batches = [list(blocks[i : i + self._batch]) for i in range(0, len(blocks), self._batch)]
+        batches = [pieces[i : i + self._batch] for i in range(0, len(pieces), self._batch)]
         moves = (move_batch(batch) for batch in batches)
         results = await asyncio.gather(*moves, return_exceptions=True)
         for result in results:

@@ -20,9 +20,9 @@ class Publisher:
         self._endings = endings
         self._last: dict[Sequence, asyncio.Task[None]] = {}
 
-    def publish(self, store: StoreLink, sequence: Sequence, block_size: int) -> None:
+    def publish(self, store: StoreLink, sequence: Sequence) -> None:
         """Commit what the last step made final. Where nothing moves that is a message, no more."""
-        commits = store.commits(sequence, block_size)
+        commits = store.commits(sequence)
         if not store.mover.moves:
             for commit in commits:
                 store.link.send(commit)
@@ -50,7 +50,8 @@ class Publisher:
             for commit in commits:
                 if sequence.num_committed < commit.first_index:
                     break  # an earlier one failed
-                await store.mover.push(commit.handoff_id, commit.epoch, commit.blocks)
+                pieces = sequence.pieces(commit.first_index, commit.blocks, commit.keys)
+                await store.mover.push(commit.handoff_id, commit.epoch, pieces)
                 store.link.send(commit)
         except KvbatonError as error:
             # Never committed, so these blocks are still ours, and the sequence cannot go on: the

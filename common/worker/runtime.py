@@ -15,6 +15,7 @@ import structlog
 from common.engine.work import Engine, Sampled, Work
 from common.messages import (
     Claim,
+    Discard,
     Fill,
     Granted,
     Heartbeat,
@@ -25,6 +26,7 @@ from common.messages import (
     OutputToken,
     OutputTokens,
     Prefill,
+    ReportHoldings,
     Reserve,
     StaleError,
     ToWorker,
@@ -35,9 +37,11 @@ from common.net.server import Server
 from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
+from common.worker.holdings import holdings
+from common.worker.mover import CorruptPiecesError
 from common.worker.publisher import Publisher
 from common.worker.role import Role
-from common.worker.sequence import Sequence
+from common.worker.sequence import Piece, Sequence
 from common.worker.steps import StepLoop
 from common.worker.store_link import StoreLink
 from common.worker.stores import Stores
@@ -87,7 +91,7 @@ class WorkerRuntime:
             self.seams.transport,
             self.config.bind,
             decoder(ToWorker),
-            accept=lambda _peer, hello: self._accept(hello),
+            accept=self._accept,
             handle=lambda peer, message, _bulk: self._on_gateway(peer, message),
             gone=lambda peer, _member: self._gateway_gone(peer),
         )
@@ -104,7 +108,7 @@ class WorkerRuntime:
             self.config.stores.split(","),
             describe=self._describe,
             load=self.role.load,
-            handle=self.role.on_store,
+            handle=self._on_store,
         )
         await first_of(self.tasks.spawn(stores.attached.wait(), "attach"), self.failed)
         if self.failed.done():
@@ -154,6 +158,16 @@ class WorkerRuntime:
             layout=self.info.layout,
         )
 
+    def _on_store(self, store: StoreLink, message: Message) -> None:
+        if isinstance(message, ReportHoldings):
+            # As a task of its own: who waits for an answer that has come takes it in first.
+            self.tasks.spawn(self._report(store, message.audit_id), "report")
+        else:
+            self.role.on_store(store, message)
+
+    async def _report(self, store: StoreLink, audit_id: int) -> None:
+        store.link.send(holdings(store, self.role.sequences(), audit_id))
+
     def _store_lost(self, store: StoreLink) -> None:
         for sequence in self.role.sequences():
             if sequence.store == store.index:
@@ -171,7 +185,8 @@ class WorkerRuntime:
 
     # ---- gateways -----------------------------------------------------------------------------
 
-    def _accept(self, hello: Hello) -> Welcome:
+    def _accept(self, peer: bytes, hello: Hello) -> Welcome:
+        self._gateway_gone(peer)  # it says hello again: what it had here is over
         expected = hello.member.fingerprint
         if expected and expected != self.info.fingerprint:
             raise ProtocolError(
@@ -230,11 +245,13 @@ class WorkerRuntime:
             incarnation=self.stores[message.store].member_id,
             first_slot=self.stores[message.store].first_slot,
             gateway=gateway,
+            root_key=message.root_key,
             tokens=message.tokens,
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             choice=message.choice,
             arrived_at=self.seams.clock.now(),
+            block_size=self.block_size,
         )
 
     async def take_blocks(self, sequence: Sequence, step: Fill | Claim) -> bool:
@@ -248,24 +265,34 @@ class WorkerRuntime:
                 # Without a time limit: an answer that nobody waits for would leak what it grants.
                 table = await store.link.call(step, timeout_s=None)
                 assert isinstance(table, Granted)
-                sequence.granted(table, self.block_size)
+                sequence.granted(table)
+                store.mover.learn(table.blocks[: len(table.stamps)], table.stamps)
                 readable = table.num_committed if isinstance(step, Fill) else len(table.blocks)
-                missing = [
-                    block for block in table.blocks[:readable] if block not in sequence.pulled
-                ]
+                missing = [index for index in range(readable) if index not in sequence.pulled]
                 if not sequence.is_over:
-                    await self.pull(sequence, missing)
+                    await self.pull(sequence, [(index, table.blocks[index]) for index in missing])
             except StaleError:
                 self.endings.abort(sequence)
             except KvbatonError as error:
                 self.endings.drop(sequence, error.code, error.message)
         return not sequence.is_over
 
-    async def pull(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Make final blocks readable here, unless the sequence ends meanwhile: the store may then
-        have given its blocks to another. Raises KvbatonError."""
-        mover = self.store_of(sequence).mover
-        await mover.pull(sequence.handoff_id, sequence.epoch, blocks, lambda: not sequence.is_over)
+    async def pull(self, sequence: Sequence, blocks: list[tuple[int, int]]) -> None:
+        """Make final blocks, given with their places, readable here, unless the sequence ends
+        meanwhile: the store may then have given its blocks to another. Raises KvbatonError."""
+        store = self.store_of(sequence)
+        if not store.mover.moves:
+            return
+        handoff_id, epoch = sequence.handoff_id, sequence.epoch
+        pieces = [Piece(index, block, sequence.digest_key(index)) for index, block in blocks]
+        try:
+            sequence.num_moved += await store.mover.pull(
+                handoff_id, epoch, pieces, lambda: not sequence.is_over
+            )
+        except CorruptPiecesError as error:
+            log.error("blocks_corrupt", handoff=handoff_id, indexes=error.indexes)
+            store.link.send(Discard(handoff_id=handoff_id, epoch=epoch, indexes=error.indexes))
+            raise UnavailableError(error.message) from error
 
     def works(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, Work]]:
         """A scheduler's plan as the engine wants it."""
@@ -288,7 +315,7 @@ class WorkerRuntime:
 
     def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
         sequence.num_computed += work.num_tokens
-        self.publisher.publish(self.store_of(sequence), sequence, self.block_size)
+        self.publisher.publish(self.store_of(sequence), sequence)
         if sampled is not None:
             sequence.tokens.append(sampled.token_id)
         self.role.apply(sequence, sampled)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.engine.work import ModelInfo, Work
 from common.kv.hashing import block_key
 from common.messages import Granted, Message
 from kvbaton.sampling import SamplingParams
+
+
+class Piece(NamedTuple):
+    """A block of a handoff: its place in the table, its number, what its digest is bound to."""
+
+    place: int
+    block: int
+    key: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -16,7 +25,7 @@ class Sequence:
 
     `tokens` is the prompt and the output so far. Positions below `num_computed` have KV in
     `blocks`; blocks below `num_committed` are final, and the store has been told. It knows the keys
-    of the first `num_known_keys` blocks; `last_key` is the parent of the first that only we know.
+    of the first `num_known_keys` blocks: those of the prompt, which follow from `root_key`.
     """
 
     handoff_id: str
@@ -24,11 +33,13 @@ class Sequence:
     store: int
     incarnation: str  # our member id at the store when this began: what it granted is for that one
     gateway: bytes
+    root_key: bytes
     tokens: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
     choice: int
     arrived_at: float
+    block_size: int
     joined_at: float = 0.0  # when it could first be planned; 0 once its gateway has been told
     first_slot: int = 0  # what to add to a block's number to find it in the engine's memory
     blocks: list[int] = field(default_factory=list)
@@ -36,11 +47,15 @@ class Sequence:
     num_computed: int = 0
     num_committed: int = 0
     num_known_keys: int = 0
-    last_key: bytes = b""
-    pulled: set[int] = field(default_factory=set)  # blocks pulled before the table was known
+    pulled: set[int] = field(default_factory=set)  # places in the table, pulled before it was known
+    num_moved: int = 0  # blocks whose bytes came for this sequence
     num_uses: int = 0  # steps, moves and calls under way that read or write its blocks
     is_over: bool = False  # aborted or finished: nothing more is computed for it
     ending: Message | None = None  # what the store is told once nothing uses it any more
+    _keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_known_keys = len(self.tokens) // self.block_size
 
     @property
     def num_outputs(self) -> int:
@@ -51,14 +66,13 @@ class Sequence:
         """Tokens still to be computed before the next one can be drawn."""
         return len(self.tokens) - self.num_computed
 
-    def granted(self, table: Granted, block_size: int) -> None:
+    def granted(self, table: Granted) -> None:
         """Take over the block table the store gave."""
         self.blocks = table.blocks
         self.slots = [block + self.first_slot for block in table.blocks]
         self.num_committed = table.num_committed
-        self.num_computed = min(table.num_committed * block_size, len(self.tokens) - 1)
+        self.num_computed = min(table.num_committed * self.block_size, len(self.tokens) - 1)
         self.num_known_keys = table.num_keys
-        self.last_key = table.last_key
 
     def claimed(self, first_token: int) -> None:
         """Go on from a prompt that prefill computed whole, after the token it drew."""
@@ -88,28 +102,41 @@ class Sequence:
             sample=self.num_computed + num_tokens == len(self.tokens),
         )
 
-    def new_blocks(self, block_size: int) -> tuple[int, list[int], list[bytes]]:
+    def new_blocks(self) -> tuple[int, list[int], list[bytes]]:
         """Blocks that became full since the last call: first index, block ids, keys.
 
         The keys are empty for blocks whose keys the store knows; such a run ends where they end.
         """
         first = self.num_committed
-        end = self.num_computed // block_size
+        end = self.num_computed // self.block_size
         if first < self.num_known_keys:
             end = min(end, self.num_known_keys)
             keys = []
         else:
-            keys = self._keys(first, end, block_size)
+            keys = [self.key(index) for index in range(first, end)]
         self.num_committed = max(first, end)
         return first, self.blocks[first:end], keys
 
-    def _keys(self, first: int, end: int, block_size: int) -> list[bytes]:
-        keys = []
-        for index in range(first, end):
-            tokens = self.tokens[index * block_size : (index + 1) * block_size]
-            self.last_key = block_key(self.last_key, tokens)
-            keys.append(self.last_key)
-        return keys
+    def key(self, index: int) -> bytes:
+        """The key of a full block."""
+        while len(self._keys) <= index:
+            start = len(self._keys) * self.block_size
+            parent = self._keys[-1] if self._keys else self.root_key
+            self._keys.append(block_key(parent, self.tokens[start : start + self.block_size]))
+        return self._keys[index]
+
+    def digest_key(self, index: int) -> bytes:
+        """What the digest of a block is bound to: the key that the store knows for it, or else its
+        parent's."""
+        known = min(index, self.num_known_keys - 1)
+        return self.key(known) if known >= 0 else self.root_key
+
+    def pieces(self, first: int, blocks: list[int], keys: list[bytes]) -> list[Piece]:
+        """Blocks from a place on as a mover wants them; `keys` are those that only we know."""
+        return [
+            Piece(index, block, keys[index - first] if keys else self.digest_key(index))
+            for index, block in enumerate(blocks, first)
+        ]
 
     def finish_reason(self, info: ModelInfo) -> str | None:
         """Why the sequence ends with its last token, or None if it goes on."""

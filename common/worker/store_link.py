@@ -110,8 +110,17 @@ class StoreLink:
     def stopped(self) -> None:
         """The last step of earlier incarnations has ended."""
         for member_id in self._former_ids:
-            self.link.send(Stopped(member_id=member_id))
-        self._former_ids.clear()
+            self._tasks.spawn(self._say_stopped(member_id), "stopped")
+
+    async def _say_stopped(self, member_id: str) -> None:
+        """If it is not confirmed it is said again when we are welcome again."""
+        try:
+            await self.link.call(Stopped(member_id=member_id))
+        except KvbatonError as error:
+            log.info("stopped_not_said", store=self.link.endpoint, reason=error.message)
+        else:
+            if member_id in self._former_ids:
+                self._former_ids.remove(member_id)
 
     def ready(self, arena: memoryview, first_slot: int, block_bytes: int, *, shared: bool) -> None:
         """The engine is attached: `arena` is this store's part of its memory."""
@@ -153,11 +162,11 @@ class StoreLink:
 
     # ---- blocks -------------------------------------------------------------------------------
 
-    def commits(self, sequence: Sequence, block_size: int) -> list[Commit]:
+    def commits(self, sequence: Sequence) -> list[Commit]:
         """The commits that have become due. Bytes that move must arrive before they are sent."""
         due: list[Commit] = []
         while True:
-            first, blocks, keys = sequence.new_blocks(block_size)
+            first, blocks, keys = sequence.new_blocks()
             if not blocks:
                 return due
             due.append(
@@ -177,8 +186,11 @@ class StoreLink:
             leased = await self.link.call(Lease(num_blocks=num_blocks))
             assert isinstance(leased, Leased)
             if incarnation == self.member_id:
+                self.mover.learn(leased.blocks[: len(leased.stamps)], leased.stamps)
                 lease.add(leased.blocks)
                 lease.starved = not leased.blocks and not lease
+            else:
+                self.give_back(leased.blocks)  # ours or not, by now: the store knows
         except KvbatonError as error:
             log.warning("lease_failed", store=self.link.endpoint, reason=error.message)
         finally:

@@ -11,7 +11,9 @@ from common.messages import Load, Member, Message
 from common.service import Seams, Tasks
 from common.worker.memory import WorkerMemory
 from common.worker.store_link import StoreLink
-from kvbaton.errors import KvbatonError
+from kvbaton.errors import KvbatonError, UnavailableError
+
+_GRACE_S = 3.0  # what the first store to answer waits for the others: a lost shard holds up nobody
 
 
 class Stores:
@@ -87,23 +89,36 @@ class Stores:
         self._lost(store)
         async with self._engine_free:
             store.stopped()
-            if all(other.welcome.num_blocks for other in self.links):
-                try:
-                    self._attach([store] if self._memory else self.links)
-                except StartError as error:
-                    self._failed(error)
+            if self._memory is not None:
+                self._attach([store])
+        if self._memory is None:
+            if any(not other.welcome.num_blocks for other in self.links):
+                await asyncio.sleep(_GRACE_S)
+            async with self._engine_free:
+                if self._memory is None:
+                    self._attach([other for other in self.links if other.welcome.num_blocks])
 
     def _attach(self, stores: list[StoreLink]) -> None:
         """Put the arenas of `stores` in their places."""
+        try:
+            self._put_in_place(stores)
+        except (StartError, UnavailableError) as error:
+            self._failed(error)
+
+    def _put_in_place(self, stores: list[StoreLink]) -> None:
         block_bytes = self._engine.info.layout.block_bytes
         if self._memory is None:
-            num_blocks = [store.welcome.num_blocks for store in self.links]
-            self._memory = WorkerMemory(self._seams.disk, block_bytes, num_blocks)
+            most_blocks = max(store.welcome.num_blocks for store in stores)
+            num_places = len(self.links)
+            self._memory = WorkerMemory(self._seams.disk, block_bytes, most_blocks, num_places)
             self._engine.attach(self._memory.all)
         for store in stores:
             place = self._memory.place(store.index)
             if store.welcome.num_blocks * block_bytes > len(place):
-                raise StartError(f"the arena of {store.link.endpoint} has grown: start again")
+                raise UnavailableError(
+                    f"the arena of {store.link.endpoint} is larger than those of the stores that "
+                    "answered at the start: this worker has to start again"
+                )
             shared = self._is_shared(store)
             if shared:
                 self._memory.map(store.index, store.welcome.arena_path)

@@ -15,8 +15,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from scripts.cluster.admin_key import ADMIN_KEY_FILE, VARIABLE, make_admin_key
 from scripts.cluster.identity import identify, service_settings
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.processes import die_with_parent, process_info
@@ -201,6 +203,16 @@ def honcho_above(environ: Mapping[str, str]) -> int | None:
     return parent.parent or None
 
 
+def admin_key_setting(path: Path, log: Log) -> dict[str, str]:
+    """The setting that gives a gateway its admin key. It serves without, if none can be made."""
+    try:
+        make_admin_key(path)
+    except OSError as error:
+        log("warning", "no_admin_key", f"no audit and no why: cannot make {path}: {error.strerror}")
+        return {}
+    return {VARIABLE: str(path)}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the service named by the first argument; the others are its flags."""
     die_with_parent(signal.SIGTERM)
@@ -213,6 +225,8 @@ def main(argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", f"services.{identity.role}", *argv[1:]]
     reasons = Reasons(honcho_above(os.environ))
     log = Log(identity.name)
+    if identity.role == "gateway" and VARIABLE not in os.environ:
+        settings |= admin_key_setting(ADMIN_KEY_FILE, log)
     return keep(command, os.environ | settings, reasons, log, backoff=Backoff())
 
 

@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N", type=_count, help="compute threads of each worker (default: 1)")
     add("--http-port", metavar="PORT", type=_count, help="HTTP port (default: 8000)")
     add("--kv-bytes", metavar="BYTES", help="KV memory of each store, such as 256M or 4G")
+    add("--disk-dir", metavar="DIR", type=Path, help="keep evicted KV there (default: nowhere)")
+    add("--disk-bytes", metavar="BYTES", help="most bytes there for each store (default: 4G)")
     add("--batch-invariant", action="store_true", help="same bits whatever the batch; slower")
     add("--start-timeout", metavar="S", type=float, default=300.0, help="give up after S seconds")
     add("--no-sample", action="store_true", help="do not show a sample completion")
@@ -117,6 +119,8 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
         "KVBATON_THREADS": options.threads,
         "KVBATON_HTTP_PORT": options.http_port,
         "KVBATON_KV_BYTES": options.kv_bytes,
+        "KVBATON_DISK_DIR": options.disk_dir and str(options.disk_dir.resolve()),
+        "KVBATON_DISK_BYTES": options.disk_bytes,
         "KVBATON_BATCH_INVARIANT": "true" if options.batch_invariant else None,
         "KVBATON_LOG_LEVEL": "info" if options.verbose else None,
     }

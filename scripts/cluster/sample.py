@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from typing import TYPE_CHECKING
 
 from kvbaton.errors import UnavailableError
 from kvbaton.protocol import Timings, Usage
-from scripts.cluster.options import Plan
+from scripts.cluster.admin_key import admin_key_file
+from scripts.cluster.options import ROOT, Plan
 from scripts.cluster.terminal import BOLD, DIM, Screen
 
 if TYPE_CHECKING:
@@ -101,4 +103,9 @@ def show_hints(plan: Plan, screen: Screen) -> None:
     screen.line(f"    for token in client.generate({json.dumps(PROMPT)}, max_tokens={MAX_TOKENS}):")
     screen.line('        print(token.text, end="", flush=True)')
     screen.line()
+    if key_file := admin_key_file(plan.environ):
+        ask = [str(ROOT / ".venv/bin/python"), "-m", "kvbaton", "audit"]
+        flags = ["--gateway", plan.client_endpoint, "--admin-key-file", str(key_file)]
+        screen.line(shlex.join(ask + flags))
+        screen.line()
     screen.line(screen.styled("Ctrl-C stops everything.", DIM))

@@ -143,7 +143,9 @@ class DecodeRole:
         elif isinstance(message, Aborted):
             self._runtime.endings.abort(sequence)
         elif isinstance(message, Filled):
-            pull = self._runtime.tasks.spawn(self._pull(sequence, message.blocks), "pull")
+            store.mover.learn(message.blocks, message.stamps)
+            blocks = list(enumerate(message.blocks, message.first_index))
+            pull = self._runtime.tasks.spawn(self._pull(sequence, blocks), "pull")
             self._pulls.setdefault(sequence.handoff_id, []).append(pull)
         else:
             self._runtime.tasks.spawn(self._claim(sequence, message.first_token), "claim")
@@ -154,22 +156,31 @@ class DecodeRole:
         if len(self._over) > _MAX_OVER:
             self._over.popitem(last=False)
 
-    async def _pull(self, sequence: Sequence, blocks: list[int]) -> None:
+    async def _pull(self, sequence: Sequence, blocks: list[tuple[int, int]]) -> None:
         """Fetch blocks while prefill computes the next ones."""
-        sequence.pulled.update(blocks)
+        indexes = [index for index, _ in blocks]
+        sequence.pulled.update(indexes)
         with self._runtime.endings.using(sequence):
             try:
                 await self._runtime.pull(sequence, blocks)
             except KvbatonError as error:
                 log.info("pull_failed", handoff=sequence.handoff_id, reason=error.message)
-                sequence.pulled.difference_update(blocks)  # tried again when we claim
+                sequence.pulled.difference_update(indexes)  # tried again when we claim
 
     async def _claim(self, sequence: Sequence, first_token: int) -> None:
+        num_moved = sequence.num_moved
         if pulls := self._pulls.pop(sequence.handoff_id, None):
             await asyncio.wait(pulls)
         step = Claim(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
         if await self._runtime.take_blocks(sequence, step):
             sequence.claimed(first_token)
+            log.info(
+                "handoff_claimed",
+                handoff=sequence.handoff_id,
+                num_blocks=len(sequence.blocks),
+                num_moved=sequence.num_moved,
+                num_moved_late=sequence.num_moved - num_moved,  # after prefill was done
+            )
             self._join(sequence)
 
     async def _fill(self, sequence: Sequence) -> None:

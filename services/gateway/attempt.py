@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TypeVar
 
-from common.kv.hashing import prompt_keys, root_key
+from common.kv.hashing import prompt_keys, root_key, tenant_tag
 from common.messages import (
     AbortHandoff,
     HandoffOpened,
@@ -45,8 +45,12 @@ class Attempt:
         self._num_to_prefill = len(self._tokens)
         self._prefill_id = place.prefill.member_ids[place.store.index]
         self._decode_id = place.decode.member_ids[place.store.index]
+        secret, request = place.store.welcome.cache_secret, stream.request
+        fingerprint = place.decode.member.fingerprint
+        self._root_key = root_key(secret, request.tenant, fingerprint, request.cache_salt)
+        self._tenant = tenant_tag(secret, request.tenant)
         stream.restart()
-        for worker in {place.prefill, place.decode}:
+        for worker in dict.fromkeys((place.prefill, place.decode)):
             worker.num_assigned += 1
             worker.num_placed += 1
         place.prefill.num_tokens_assigned += self._num_to_prefill
@@ -77,16 +81,15 @@ class Attempt:
         if self.handoff_id and not finished:
             self.place.store.link.send(AbortHandoff(handoff_id=self.handoff_id))
 
-    def open_message(self, fingerprint: str, block_size: int) -> OpenHandoff:
+    def open_message(self, block_size: int) -> OpenHandoff:
         """Asks the store for room; the tenant's keys are its own."""
-        store, request = self.place.store, self.stream.request
-        root = root_key(store.welcome.cache_secret, request.tenant, fingerprint)
         return OpenHandoff(
-            request_id=request.request_id,
+            request_id=self.stream.request_id,
             prefill_id=self._prefill_id,
             decode_id=self._decode_id,
-            root_key=root,
-            keys=prompt_keys(root, self._tokens, block_size),
+            tenant=self._tenant,
+            root_key=self._root_key,
+            keys=prompt_keys(self._root_key, self._tokens, block_size),
             num_tokens=len(self._tokens),
         )
 
@@ -107,6 +110,7 @@ class Attempt:
             epoch=opened.epoch,
             worker_id=worker_id,
             store=self.place.store.index,
+            root_key=self._root_key,
             tokens=self._tokens,
             num_prompt_tokens=len(request.prompt),
             sampling=request.sampling,
@@ -114,13 +118,16 @@ class Attempt:
         )
 
     def on_token(self, worker: Worker, token: OutputToken, now: float) -> None:
-        """A token of this request, from either worker."""
+        """A token of this request, from either worker. None counts once the attempt has failed:
+        the store may have been told, and have given the blocks to another."""
+        if self.outcome.done():
+            return
         timeline = self.stream.timeline
         self.prefilled()
         timeline.first_token_at = timeline.first_token_at or now
         timeline.prefilled_at = timeline.prefilled_at or now
         if worker is self.place.decode and token.since_joined_ms:
             timeline.handed_over_at = now - token.since_joined_ms / 1000
-        if self.stream.deliver(token) and not self.outcome.done():
+        if self.stream.deliver(token):
             timeline.finished_at = now
             self.outcome.set_result(None)

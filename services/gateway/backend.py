@@ -7,7 +7,7 @@ tokens in order. It never learns which worker made them, nor of retries.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.sampling import SamplingParams
@@ -67,8 +67,8 @@ class GenerationRequest:
     sampling: SamplingParams
     choice: int = 0
     tenant: str = ""
+    cache_salt: str = ""  # prompts share cached blocks only with those of the same salt
     deadline_s: float | None = None
-    metadata: dict[str, str] = field(default_factory=dict)  # for the log
 
 
 class Backend(Protocol):

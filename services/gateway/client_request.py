@@ -14,6 +14,7 @@ from services.gateway.backend import Backend, GenerationRequest, Timeline
 from services.gateway.generation import (
     Generation,
     TextToken,
+    check_cache_salt,
     check_prompt,
     check_stop,
     tokenize,
@@ -42,6 +43,7 @@ async def answer(
             prompt=prompt,
             sampling=sampling,
             deadline_s=None if message.deadline_ms is None else message.deadline_ms / 1000,
+            cache_salt=check_cache_salt(message.cache_salt),
         )
     )
     generation = Generation(
@@ -64,6 +66,7 @@ async def answer(
             num_cached_tokens=stream.num_cached_tokens,
         ),
         timings=_timings(stream.timeline, clock.now()),
+        request_id=stream.request_id,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncGenerator
 
 import msgspec
 import structlog
@@ -30,6 +31,7 @@ from kvbaton.protocol import (
     MAX_REQUEST_BYTES,
     MAX_REQUESTS_IN_FLIGHT,
     PROTOCOL_VERSION,
+    Audit,
     Cancel,
     ClientMessage,
     Error,
@@ -38,8 +40,10 @@ from kvbaton.protocol import (
     Hello,
     Pong,
     Welcome,
+    Why,
     client_message_decoder,
 )
+from services.gateway.admin import Admin
 from services.gateway.backend import Backend
 from services.gateway.client_request import answer
 from services.gateway.text import TextModel
@@ -67,6 +71,7 @@ class ClientFace:
         endpoint: str,
         backend: Backend,
         text: TextModel,
+        admin: Admin,
         *,
         tasks: Tasks,
         instance_id: str,
@@ -75,6 +80,7 @@ class ClientFace:
         self._rng = seams.rng
         self._backend = backend
         self._text = text
+        self._admin = admin
         self._tasks = tasks
         self._instance_id = instance_id
         self._decoder = client_message_decoder()
@@ -136,9 +142,9 @@ class ClientFace:
         if isinstance(message, Hello):
             self._welcome(peer, message)
         elif peer not in self._clients:
-            request_id = message.id if isinstance(message, Generate) else None
+            request_id = message.id if isinstance(message, Generate | Audit | Why) else None
             self._send(peer, Error(code=HELLO_REQUIRED, message="say hello first", id=request_id))
-        elif isinstance(message, Generate):
+        elif isinstance(message, Generate | Audit | Why):
             self._start(peer, message)
         elif isinstance(message, Cancel):
             cancelled = CancelledRequestError("the request was cancelled")
@@ -186,7 +192,7 @@ class ClientFace:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def _start(self, peer: bytes, message: Generate) -> None:
+    def _start(self, peer: bytes, message: Generate | Audit | Why) -> None:
         requests = self._clients[peer]
         if self._is_draining:
             raise _shutting_down()
@@ -198,13 +204,21 @@ class ClientFace:
                 retry_after_s=1.0,
             )
         requests[message.id] = self._tasks.spawn(
-            self._serve(peer, requests, message), "client-request"
+            self._serve(peer, requests, message.id, self._answers(message)), "client-request"
         )
 
+    def _answers(self, message: Generate | Audit | Why) -> AsyncGenerator[GatewayMessage, None]:
+        if isinstance(message, Generate):
+            return answer(message, self._backend, self._text, clock=self._clock, rng=self._rng)
+        return self._admin.answer(message)
+
     async def _serve(
-        self, peer: bytes, requests: dict[int, asyncio.Task[None]], message: Generate
+        self,
+        peer: bytes,
+        requests: dict[int, asyncio.Task[None]],
+        request_id: int,
+        answers: AsyncGenerator[GatewayMessage, None],
     ) -> None:
-        answers = answer(message, self._backend, self._text, clock=self._clock, rng=self._rng)
         failure: KvbatonError | None = None
         try:
             async with contextlib.aclosing(answers):
@@ -215,9 +229,9 @@ class ClientFace:
         except Exception:
             log.exception("client_request_failed")
             failure = KvbatonError("internal error")
-        del requests[message.id]
+        del requests[request_id]
         if failure is not None:
-            self._send(peer, _error(failure, message.id))
+            self._send(peer, _error(failure, request_id))
 
     def _end(
         self,

@@ -14,8 +14,6 @@ The life of a request here:
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from array import array
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -34,7 +32,12 @@ from kvbaton.errors import (
 from services.gateway.attempt import Attempt, Place
 from services.gateway.backend import GenerationRequest
 from services.gateway.fleet import Fleet, FleetEvents, Placeable, Store, Worker
-from services.gateway.placement import choose_colocated, choose_decode, choose_prefill
+from services.gateway.placement import (
+    choose_colocated,
+    choose_decode,
+    choose_prefill,
+    choose_shard,
+)
 from services.gateway.stream import RequestStream
 
 log = structlog.get_logger()
@@ -42,7 +45,6 @@ log = structlog.get_logger()
 _MAX_ATTEMPTS = 5
 _RETRY_PAUSE_S = 0.1  # longer after each attempt but the first: a cluster in trouble needs a moment
 _RETRYABLE = (UnavailableError, ConnectionLostError, StaleError, OverloadedError)
-_FIRST_BLOCKS_TOKENS = 64  # prompts that begin alike go to one store shard
 
 _PLACED = Counter("kvbaton_requests_placed_total", "Attempts placed", registry=REGISTRY)
 _RETRIED = Counter("kvbaton_requests_retried_total", "Attempts after the first", registry=REGISTRY)
@@ -69,7 +71,7 @@ class Dispatcher:
         self._tasks = tasks
         self._mode = mode
         self._max_requests = max_requests
-        self._attempts: set[Attempt] = set()
+        self._attempts: dict[Attempt, None] = {}  # in the order they began
         self._by_handoff: dict[str, Attempt] = {}
         self._num_requests = 0
         self._is_draining = False
@@ -166,7 +168,6 @@ class Dispatcher:
                 outcome=outcome,
                 num_tokens=len(stream.tokens),
                 num_attempts=stream.timeline.num_attempts,
-                **stream.request.metadata,
             )
 
     async def _try_to_serve(self, stream: RequestStream) -> KvbatonError | None:
@@ -201,7 +202,7 @@ class Dispatcher:
         stream, place = attempt.stream, attempt.place
         stream.timeline.prefill_worker = place.prefill.member.name
         stream.timeline.decode_worker = place.decode.member.name
-        self._attempts.add(attempt)
+        self._attempts[attempt] = None
         try:
             opened = await self._open(attempt)
             attempt.handoff_id = opened.handoff_id
@@ -217,7 +218,7 @@ class Dispatcher:
         except KvbatonError as error:
             return error
         finally:
-            self._attempts.discard(attempt)
+            del self._attempts[attempt]
             self._by_handoff.pop(attempt.handoff_id, None)
             attempt.close()
 
@@ -225,7 +226,7 @@ class Dispatcher:
         """Open a handoff. If we give up while it waits for room, the store is told so."""
         member, link = attempt.place.decode.member, attempt.place.store.link
         assert member.layout is not None
-        message = attempt.open_message(member.fingerprint, member.layout.block_size)
+        message = attempt.open_message(member.layout.block_size)
         try:
             opened = await link.call(message, timeout_s=None)
         except asyncio.CancelledError:
@@ -255,7 +256,10 @@ class Dispatcher:
         stores = [store for store in self.fleet.stores if self._has_workers(store)]
         if not stores:
             raise self._unavailable()
-        store = stores[_shard(stream.request.prompt) % len(stores)]
+        layout = self.fleet.of_role("decode", stores[0])[0].member.layout
+        assert layout is not None
+        first_block = stream.request.prompt[: layout.block_size]
+        store = self.fleet.stores[choose_shard(first_block, [store.index for store in stores])]
         num_tokens = len(stream.request.prompt) + len(stream.tokens)
         decodes = self._candidates("decode", store, tried)
         if self._mode == "colocated":
@@ -297,9 +301,3 @@ class Dispatcher:
         for attempt in self._attempts:
             if attempt.place.store is store:
                 attempt.fail(UnavailableError("the KV store is gone", retry_after_s=1))
-
-
-def _shard(prompt: list[int]) -> int:
-    """A number by which prompts with a common beginning meet at one store."""
-    digest = hashlib.blake2b(array("I", prompt[:_FIRST_BLOCKS_TOKENS]).tobytes(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")

@@ -24,6 +24,7 @@ from common.messages import (
     Members,
     Message,
     OutputTokens,
+    Stopped,
     Welcome,
     decoder,
 )
@@ -81,7 +82,11 @@ class Store:
     link: Link = field(init=False)
     welcome: Welcome = Welcome(instance_id="")
     is_up: bool = False
+    member_id: str = ""
+    former_ids: list[str] = field(default_factory=list)  # ours, which the store may hold alive
     blocks: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
+    handoffs: dict[str, int] = field(default_factory=dict)
     num_handoffs: int = 0
     num_waiting: int = 0
 
@@ -131,6 +136,13 @@ class Fleet:
     # ---- stores ---------------------------------------------------------------------------------
 
     def _connect(self, store: Store, endpoint: str) -> None:
+        def hello() -> Hello:
+            if store.member_id:
+                store.former_ids.append(store.member_id)
+            introduction = self._hello()
+            store.member_id = introduction.member.member_id
+            return introduction
+
         def welcomed(welcome: Welcome) -> None:
             if store.is_up:
                 # Its members are the same unless it is another: then it knows nobody yet.
@@ -139,6 +151,8 @@ class Fleet:
                     self._on_members(store, Members(members=[]))
                 self._events.on_store_lost(store)
             store.welcome, store.is_up = welcome, True
+            for member_id in store.former_ids:  # what ran for them counts no more
+                self._tasks.spawn(self._say_stopped(store, member_id), "stopped")
             log.info("store_joined", store=endpoint)
 
         def handle(message: Message) -> None:
@@ -146,6 +160,7 @@ class Fleet:
                 self._on_members(store, message)
             elif isinstance(message, Aborted):
                 self._events.on_aborted(message)
+                store.link.send(AbortHandoff(handoff_id=message.handoff_id))  # we listen no more
             elif isinstance(message, HandoffOpened):  # its request was cancelled meanwhile
                 store.link.send(AbortHandoff(handoff_id=message.handoff_id))
 
@@ -153,7 +168,7 @@ class Fleet:
             self._seams.transport,
             endpoint,
             decoder(FromStore),
-            hello=self._hello,
+            hello=hello,
             welcomed=welcomed,
             handle=handle,
             refused=_log_refused,
@@ -170,6 +185,16 @@ class Fleet:
             fingerprint=fingerprint,
         )
         return Hello(internal_version=INTERNAL_VERSION, member=member)
+
+    async def _say_stopped(self, store: Store, member_id: str) -> None:
+        """If it is not confirmed it is said again when we are welcome again."""
+        try:
+            await store.link.call(Stopped(member_id=member_id))
+        except KvbatonError as error:
+            log.info("stopped_not_said", store=store.link.endpoint, reason=error.message)
+        else:
+            if member_id in store.former_ids:
+                store.former_ids.remove(member_id)
 
     async def _beat(self, store: Store) -> None:
         while True:
@@ -191,7 +216,8 @@ class Fleet:
     # ---- workers --------------------------------------------------------------------------------
 
     def _on_members(self, store: Store, message: Members) -> None:
-        store.blocks = message.blocks
+        store.blocks, store.counters = message.blocks, message.counters
+        store.handoffs = message.handoffs
         store.num_handoffs, store.num_waiting = message.num_handoffs, message.num_waiting
         listed = {member.endpoint for member in message.members}
         for worker in list(self.workers.values()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvbaton.errors import InvalidRequestError, KvbatonError
-from kvbaton.protocol import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from kvbaton.protocol import MAX_CACHE_SALT_CHARS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from services.gateway.backend import TokenEvent, TokenStream
 from services.gateway.detokenizer import Detokenizer, StopStrings
 
@@ -112,6 +112,16 @@ def check_stop(stop: Sequence[str]) -> None:
                 f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters, got {len(text)}",
                 field="stop",
             )
+
+
+def check_cache_salt(salt: str | None) -> str:
+    """The salt, "" for none. Raises InvalidRequestError (cache_salt) if it is empty or too long."""
+    if salt is not None and not 1 <= len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has 1 to {MAX_CACHE_SALT_CHARS} characters, got {len(salt)}",
+            field="cache_salt",
+        )
+    return salt or ""
 
 
 def check_prompt(

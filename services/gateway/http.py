@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from email.utils import formatdate
 from importlib.metadata import version
 
@@ -42,7 +43,7 @@ class HttpFace:
     """Serves the OpenAI API from a backend.
 
     Several processes may serve one `port`; port 0 takes a free one, then found in `port`. `tasks`
-    owns the server's task.
+    owns the server's task. `more_metrics()` is added to /metrics.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HttpFace:
         clock: Clock,
         rng: Rng,
         tasks: Tasks,
+        more_metrics: Callable[[], bytes] = bytes,
         host: str = "127.0.0.1",
         port: int = 8000,
         backlog: int = 512,
@@ -63,6 +65,7 @@ class HttpFace:
         self._clock = clock
         self._rng = rng
         self._tasks = tasks
+        self._more_metrics = more_metrics
         self._host = host
         self._backlog = backlog
         self._server: HttpServer | None = None
@@ -133,6 +136,7 @@ class HttpFace:
         for key, value in self._backend.stats().items():
             name = f"kvbaton_gateway_{key}"
             lines.append(f"# TYPE {name} gauge\n{name} {value}\n".encode())
+        lines.append(self._more_metrics())
         return Response(b"".join(lines), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,7 +1,10 @@
-"""Which prefill and decode worker serve a request: least expected wait over live load. Pure."""
+"""Where a request is served: the store by its first block, prefill and decode worker by least
+expected wait over live load. Pure."""
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +27,20 @@ class Candidate:
 
 
 C = TypeVar("C", bound=Candidate)
+
+
+def choose_shard(first_block: Sequence[int], shards: Sequence[int]) -> int:
+    """The store shard for prompts that begin with this block: all of them meet there.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): when a shard is lost only its own prompts go
+    elsewhere, and they return with it. Every gateway chooses alike.
+    """
+    tokens = array("I", first_block).tobytes()
+
+    def weight(shard: int) -> bytes:
+        return hashlib.blake2b(tokens, digest_size=8, salt=shard.to_bytes(8, "little")).digest()
+
+    return max(shards, key=weight)
 
 
 def _prefill_wait_s(worker: Candidate, num_tokens: int, default_rate: float) -> float:

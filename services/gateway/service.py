@@ -14,9 +14,11 @@ import structlog
 
 from common.config import StartError, setting
 from common.service import Seams, Tasks
+from services.gateway.admin import Admin, load_admin_key
 from services.gateway.clients import ClientFace
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.http import HttpFace
+from services.gateway.store_metrics import store_metrics
 from services.gateway.text import TextModel
 
 log = structlog.get_logger()
@@ -38,6 +40,7 @@ class GatewayConfig:
         "colocated: decode workers compute prompts too",
         choices="disaggregated colocated",
     )
+    admin_key_file: str = setting("", "private file with the key for audit and why; none: no audit")
     max_requests: int = setting(4096, "requests served at once", low=1)
     log_level: str = setting("info", "log level", choices="debug info warning error")
 
@@ -57,6 +60,7 @@ class Gateway:
     async def start(self) -> None:
         """Load the tokenizer, connect to the stores, serve. Raises StartError."""
         config, seams = self.config, self._seams
+        admin_key = load_admin_key(config.admin_key_file) if config.admin_key_file else ""
         text = TextModel(Path(config.model), config.served_model_name or None)
         self._dispatcher = Dispatcher(
             seams,
@@ -66,11 +70,13 @@ class Gateway:
             mode=config.mode,
             max_requests=config.max_requests,
         )
+        fleet = self._dispatcher.fleet
         self._clients = ClientFace(
             seams,
             config.bind,
             self._dispatcher,
             text,
+            Admin(admin_key, fleet.stores, seams.clock),
             tasks=self._tasks,
             instance_id=seams.rng.new_id(),
         )
@@ -80,6 +86,7 @@ class Gateway:
             clock=seams.clock,
             rng=seams.rng,
             tasks=self._tasks,
+            more_metrics=lambda: store_metrics(fleet.stores),
             host=config.host,
             port=config.http_port,
         )

@@ -6,7 +6,8 @@ import uvloop
 
 from common.config import load_config
 from common.service import serve
-from services.kvstore.service import KvStore, StoreConfig
+from services.kvstore.config import StoreConfig
+from services.kvstore.service import KvStore
 
 if __name__ == "__main__":
     config = load_config(StoreConfig, "python -m services.kvstore")

@@ -2,17 +2,22 @@
 
 free -> granted (to one writer) -> committed (immutable, counted readers) -> cached (no readers,
 evictable) -> free; and quarantined while a writer that lost the block may still be alive. Pure.
+
+Each grant of a block gives it a new stamp, so that a block and its stamp name one content for ever.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
+from typing import NamedTuple
+
+from services.kvstore.eviction import EvictionOrder, Order
 
 
-class BlockState(Enum):
+class BlockState(StrEnum):
     """Where a block stands."""
 
     FREE = "free"
@@ -22,29 +27,43 @@ class BlockState(Enum):
     QUARANTINED = "quarantined"
 
 
+class BlockName(NamedTuple):
+    """What a full block holds: `key` names its tokens and all before them, `parent` those before
+    them alone; `tenant` tells whose share of the cache it counts for."""
+
+    key: bytes
+    parent: bytes
+    tenant: bytes
+
+
 @dataclass(slots=True)
 class Block:
-    """One block. `writer` while granted or quarantined; `key` and `num_readers` once committed.
+    """One block. `writer` while granted or quarantined; `name` and `num_readers` once committed.
 
-    A committed block whose key another block already answers for is not indexed: its `key` is None
+    A committed block whose key another block already answers for is not indexed: its `name` is None
     and it is freed with its last reader.
     """
 
     state: BlockState = BlockState.FREE
     writer: str = ""
-    key: bytes | None = None
+    name: BlockName | None = None
     num_readers: int = 0
+    stamp: int = 0
 
 
 class BlockPool:
     """The blocks of one arena, numbered from 0."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, order: Order | None = None) -> None:
+        """`order`: which cached block goes first; the default unless given."""
         self.num_blocks = num_blocks
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: deque[int] = deque(range(num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cached: Order = EvictionOrder(num_blocks) if order is None else order
         self._index: dict[bytes, int] = {}
+        self._num_children: dict[bytes, int] = {}  # indexed blocks by their parent
+        self.num_indexed = 0  # ever
+        self.num_evicted = 0  # ever
         self._counts = dict.fromkeys(BlockState, 0) | {BlockState.FREE: num_blocks}
 
     def __getitem__(self, block_id: int) -> Block:
@@ -63,9 +82,13 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
-    def num_keys(self) -> int:
-        """Blocks that can be found by key."""
-        return len(self._index)
+    def num_free(self) -> int:
+        """Blocks that a grant takes without evicting."""
+        return len(self._free)
+
+    def find(self, key: bytes) -> int | None:
+        """The block that answers for a key."""
+        return self._index.get(key)
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest leading run of keys that is present."""
@@ -87,13 +110,13 @@ class BlockPool:
             block = self[block_id]
             assert block.state in (BlockState.COMMITTED, BlockState.CACHED)
             if block.state is BlockState.CACHED:
-                del self._cached[block_id]
+                self._cached.remove(block_id)
                 self._move(block, BlockState.COMMITTED)
             block.num_readers += 1
 
-    def unpin(self, block_ids: Sequence[int]) -> None:
+    def unpin(self, block_ids: Sequence[int], *, cold: bool = False) -> None:
         """Take a reader away. Blocks without readers become cache, last of the chain first, so that
-        eviction takes leaves before their parents."""
+        eviction takes leaves before their parents. `cold`: as if they had not been used."""
         for block_id in reversed(block_ids):
             block = self[block_id]
             assert block.state is BlockState.COMMITTED
@@ -101,11 +124,11 @@ class BlockPool:
             block.num_readers -= 1
             if block.num_readers:
                 continue
-            if block.key is None:
+            if block.name is None:
                 self._set_free(block_id)
             else:
                 self._move(block, BlockState.CACHED)
-                self._cached[block_id] = None
+                self._cached.add(block_id, block.name.tenant, key=block.name.key, cold=cold)
 
     def grant(self, count: int, writer: str) -> list[int]:
         """Give `count` blocks to `writer`, evicting cache if need be; the caller has checked."""
@@ -118,24 +141,48 @@ class BlockPool:
             block = self[block_id]
             self._move(block, BlockState.GRANTED)
             block.writer = writer
+            block.stamp += 1
             granted.append(block_id)
         return granted
 
-    def commit(self, block_id: int, key: bytes) -> None:
-        """A granted block is final, with one reader. The first block of a key answers for it."""
+    def commit(self, block_id: int, name: BlockName | None) -> None:
+        """A granted block is final, with one reader. The first block of a key answers for it; one
+        without a name is never found."""
         block = self[block_id]
         assert block.state is BlockState.GRANTED
         self._move(block, BlockState.COMMITTED)
         block.writer, block.num_readers = "", 1
-        if key not in self._index:
-            self._index[key] = block_id
-            block.key = key
+        if name is not None and name.key not in self._index:
+            self._index[name.key] = block_id
+            self._num_children[name.parent] = self._num_children.get(name.parent, 0) + 1
+            self.num_indexed += 1
+            block.name = name
+
+    def discard(self, block_id: int) -> bool:
+        """A committed or cached block is not what its key says: nobody shall find it any more.
+        False if it could not be found anyway."""
+        block = self[block_id]
+        assert block.state in (BlockState.COMMITTED, BlockState.CACHED)
+        if block.name is None:
+            return False
+        if block.state is BlockState.CACHED:
+            self._cached.remove(block_id)
+            self._set_free(block_id)
+        else:
+            self._forget_name(block)
+        return True
+
+    def coldest(self, count: int) -> list[int]:
+        """Cached blocks that are to be evicted soon."""
+        return self._cached.coldest(count)
 
     def hand_on(self, block_id: int, writer: str) -> None:
-        """A granted block gets another writer; the first has said that it writes no more."""
+        """A granted block gets another writer; the first has said that it writes no more, and a
+        copy of what it wrote is not what the block will hold."""
         block = self[block_id]
         assert block.state is BlockState.GRANTED
         block.writer = writer
+        block.stamp += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
         """Granted or quarantined blocks whose writer writes no more become free."""
@@ -167,9 +214,14 @@ class BlockPool:
         assert len(self._free) == len(set(self._free)) == counts["free"]
         assert len(self._cached) == counts["cached"]
         for block_id in self._free:
-            assert self[block_id] == Block()
+            assert self[block_id] == Block(stamp=self[block_id].stamp)
+        children: Counter[bytes] = Counter()
         for key, block_id in self._index.items():
-            assert self[block_id].key == key
+            name = self[block_id].name
+            assert name is not None
+            assert name.key == key
+            children[name.parent] += 1
+        assert children == self._num_children
         for block in self._blocks:
             assert bool(block.writer) == (
                 block.state in (BlockState.GRANTED, BlockState.QUARANTINED)
@@ -182,13 +234,27 @@ class BlockPool:
         block.state = state
 
     def _evict(self) -> None:
-        block_id, _ = self._cached.popitem(last=False)
-        self._set_free(block_id)
+        self._set_free(self._cached.victim(self._is_leaf))
+        self.num_evicted += 1
+
+    def _is_leaf(self, block_id: int) -> bool:
+        """Whether no indexed block builds on this one: without it they could not be found."""
+        name = self[block_id].name
+        return name is None or name.key not in self._num_children
 
     def _set_free(self, block_id: int) -> None:
         block = self[block_id]
-        if block.key is not None:
-            del self._index[block.key]
+        self._forget_name(block)
         self._move(block, BlockState.FREE)
-        block.writer, block.key, block.num_readers = "", None, 0
+        block.writer, block.num_readers = "", 0
         self._free.append(block_id)
+
+    def _forget_name(self, block: Block) -> None:
+        name = block.name
+        if name is None:
+            return
+        block.name = None
+        del self._index[name.key]
+        self._num_children[name.parent] -= 1
+        if not self._num_children[name.parent]:
+            del self._num_children[name.parent]

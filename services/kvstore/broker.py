@@ -11,6 +11,7 @@ from common.messages import (
     AbortHandoff,
     Claim,
     Commit,
+    Discard,
     Fill,
     Filled,
     GiveBack,
@@ -30,7 +31,9 @@ from common.messages import (
 from common.net.server import failed
 from kvbaton.errors import ProtocolError, UnavailableError
 from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
+from services.kvstore.history import History
 from services.kvstore.ledger import Ledger
+from services.kvstore.notes import Notes
 
 log = structlog.get_logger()
 
@@ -40,7 +43,8 @@ class Broker:
 
     `send(member_id, message)` queues a message for a member, if it is still there. `role_of(id)` is
     its role, None if it has gone. `must_pull(id)`: the member cannot map the arena, and wants to
-    know early what it may pull.
+    know early what it may pull. `load_first(handoff)`: whether it has to be prepared before it
+    stands in line, which `prepared` ends.
     """
 
     def __init__(
@@ -49,11 +53,18 @@ class Broker:
         send: Callable[[str, Message], None],
         role_of: Callable[[str], str | None],
         must_pull: Callable[[str], bool],
+        load_first: Callable[[Handoff], bool] = lambda _: False,
+        *,
+        history: History | None = None,
     ) -> None:
         self.ledger = ledger
+        self.history = History() if history is None else history
+        self.notes = Notes(self.history, ledger.pool)
         self._send = send
         self._role_of = role_of
         self._must_pull = must_pull
+        self._load_first = load_first
+        self.num_corrupt = 0  # blocks whose bytes did not fit their digest
         self._waiting_calls: dict[str, tuple[str, int]] = {}  # handoff id -> member id, call id
 
     def from_gateway(self, gateway_id: str, message: Message) -> Message | None:
@@ -66,7 +77,7 @@ class Broker:
                 message.handoff_id or self._opened_by(gateway_id, message.open_call_id)
             )
             if handoff is not None and handoff.gateway_id == gateway_id:
-                self._abort(handoff, "its gateway ended it")
+                self._abort(handoff, gateway_id, "its gateway ended it", is_fenced=True)
             return None
         raise ProtocolError(f"a gateway must not send {type(message).__name__}")
 
@@ -80,7 +91,7 @@ class Broker:
     def admit(self) -> None:
         """Answer those who wait for room and have it now. To be called when a message is done."""
         for handoff in self.ledger.admit():
-            log.debug("handoff_reserved", handoff=handoff.handoff_id, cached=handoff.num_cached)
+            self.notes.handoff("handoff_admitted", handoff, handoff.gateway_id, handoff.blocks)
             call = self._waiting_calls.pop(handoff.handoff_id, None)
             if call is None:
                 continue  # aborted while the others were told
@@ -96,7 +107,24 @@ class Broker:
     def lose(self, member_id: str, reason: str) -> None:
         """A member is gone: nobody can go on with its handoffs."""
         for handoff in self.ledger.handoffs_of(member_id):
-            self._abort(handoff, reason)
+            self._abort(handoff, member_id, reason)
+
+    def lose_writer(self, member_id: str) -> None:
+        """A member was not heard from: what it may still write into is quarantined."""
+        pool = self.ledger.pool
+        written = [each for each in pool.written_by(member_id) if pool.is_granted(each, member_id)]
+        self.ledger.lose_writer(member_id)
+        self.notes.blocks("blocks_quarantined", written, member_id)
+
+    def member_stopped(self, member_id: str) -> None:
+        """A member is dead, or says that it writes and listens no more."""
+        for handoff in self.ledger.handoffs.values():
+            if handoff.state is HandoffState.ABORTING and member_id == handoff.writer:
+                self.notes.handoff("handoff_freed", handoff, member_id, handoff.blocks)
+            elif handoff.state is HandoffState.ABORTING and member_id == handoff.gateway_id:
+                self._note_fenced(handoff, member_id, handoff.blocks[: handoff.num_committed])
+        self.notes.blocks("blocks_freed", self.ledger.pool.written_by(member_id), member_id)
+        self.ledger.member_stopped(member_id)
 
     # ---- a gateway's ----------------------------------------------------------------------------
 
@@ -111,16 +139,25 @@ class Broker:
                 raise ProtocolError(f"{member_id} is a {found}, not a {role} worker")
         handoff = self.ledger.open(
             OpenRequest(
+                request_id=message.request_id,
                 gateway_id=gateway_id,
                 prefill_id=message.prefill_id,
                 decode_id=message.decode_id,
+                tenant=message.tenant,
                 root_key=message.root_key,
                 keys=message.keys,
                 num_tokens=message.num_tokens,
             )
         )
-        log.debug("handoff_opened", handoff=handoff.handoff_id, request=message.request_id)
+        self.notes.handoff("handoff_opened", handoff, gateway_id)
         self._waiting_calls[handoff.handoff_id] = (gateway_id, message.call_id)
+        if not self._load_first(handoff):
+            self.ledger.line_up(handoff.handoff_id)
+
+    def prepared(self, handoff_id: str) -> None:
+        """A handoff has what it waited for, if it is not over; others may have room by it."""
+        self.ledger.line_up(handoff_id)
+        self.admit()
 
     def _opened_by(self, gateway_id: str, call_id: int) -> str:
         """The handoff that waits for room because of this call; "" if none does."""
@@ -129,17 +166,30 @@ class Broker:
             (handoff_id for handoff_id, call in waiting if call == (gateway_id, call_id)), ""
         )
 
-    def _abort(self, handoff: Handoff, reason: str) -> None:
-        before = handoff.state
-        if self.ledger.abort(handoff.handoff_id) is None:
+    def _abort(self, handoff: Handoff, by: str, reason: str, *, is_fenced: bool = False) -> None:
+        before, was_fenced = handoff.state, handoff.is_fenced
+        final = handoff.blocks[: handoff.num_committed]
+        rest = handoff.blocks[handoff.num_committed :]
+        aborted = self.ledger.abort(handoff.handoff_id, is_fenced=is_fenced)
+        if aborted is not None:
+            detail = f"while {before.value}: {reason}"
+            self.notes.handoff("handoff_aborted", handoff, by, [*final, *rest], detail)
+            if before is HandoffState.FILLING:
+                self.notes.blocks("blocks_quarantined", rest, handoff.writer, handoff)
+        if handoff.is_fenced and not was_fenced:
+            self._note_fenced(handoff, by, final)
+        if aborted is None:
             return
-        log.debug("handoff_aborted", handoff=handoff.handoff_id, state=before.value, reason=reason)
         waiting = self._waiting_calls.pop(handoff.handoff_id, None)
         if waiting is not None:
             member_id, call_id = waiting
             self._send(member_id, failed(StaleError(reason), call_id))
         self._tell_aborted(handoff, reason, handoff.prefill_id, handoff.decode_id)
-        self._tell_aborted(handoff, reason, handoff.gateway_id)
+        if not is_fenced:
+            self._tell_aborted(handoff, reason, handoff.gateway_id)
+
+    def _note_fenced(self, handoff: Handoff, by: str, final: list[int]) -> None:
+        self.notes.handoff("handoff_fenced", handoff, by, final)
 
     def _tell_aborted(self, handoff: Handoff, reason: str, *member_ids: str) -> None:
         for member_id in dict.fromkeys(member_ids):
@@ -149,12 +199,21 @@ class Broker:
     # ---- a worker's -----------------------------------------------------------------------------
 
     def _fill(self, worker_id: str, message: Fill) -> Granted:
+        reserved = self.ledger.handoffs.get(message.handoff_id)
+        num_granted = 0 if reserved is None else reserved.num_reserved
+        num_evicted = self.ledger.pool.num_evicted
         handoff = self.ledger.fill(message.handoff_id, message.epoch, worker_id)
+        if num_granted:
+            granted = handoff.blocks[-num_granted:]
+            num_evicted = self.ledger.pool.num_evicted - num_evicted
+            self.notes.granted("handoff_filled", granted, num_evicted, worker_id, handoff)
         if handoff.state is HandoffState.FILLING:
-            self._offer(handoff, handoff.blocks[: handoff.num_committed])
-        return _granted(handoff)
+            self._offer(handoff, 0, handoff.num_committed)
+        return self._granted(handoff, worker_id)
 
     def _commit(self, worker_id: str, message: Commit) -> None:
+        before = self.ledger.handoffs.get(message.handoff_id)
+        num_before = 0 if before is None else before.num_committed
         handoff = self.ledger.commit(
             message.handoff_id,
             message.epoch,
@@ -163,19 +222,47 @@ class Broker:
             blocks=message.blocks,
             keys=message.keys,
         )
+        if handoff.num_committed > num_before or handoff.is_fenced:
+            self.notes.blocks("blocks_committed", message.blocks, worker_id, handoff)
         if handoff.state is HandoffState.FILLING:
-            self._offer(handoff, message.blocks)
+            self._offer(handoff, message.first_index, message.first_index + len(message.blocks))
 
-    def _offer(self, handoff: Handoff, blocks: list[int]) -> None:
-        if blocks and self._must_pull(handoff.decode_id):
-            filled = Filled(handoff_id=handoff.handoff_id, epoch=handoff.epoch, blocks=blocks)
+    def _offer(self, handoff: Handoff, first: int, end: int) -> None:
+        if first < end and self._must_pull(handoff.decode_id):
+            blocks = handoff.blocks[first:end]
+            filled = Filled(
+                handoff_id=handoff.handoff_id,
+                epoch=handoff.epoch,
+                first_index=first,
+                blocks=blocks,
+                stamps=self._stamps(handoff.decode_id, blocks),
+            )
             self._send(handoff.decode_id, filled)
 
+    def _stamps(self, worker_id: str, blocks: list[int]) -> list[int]:
+        """For who moves bytes: others see the blocks themselves."""
+        if not self._must_pull(worker_id):
+            return []
+        return [self.ledger.pool[block].stamp for block in blocks]
+
+    def _granted(self, handoff: Handoff, worker_id: str) -> Granted:
+        return Granted(
+            blocks=handoff.blocks,
+            num_committed=handoff.num_committed,
+            num_keys=len(handoff.keys),
+            stamps=self._stamps(worker_id, handoff.blocks),
+        )
+
     def _seal(self, worker_id: str, message: Seal) -> None:
+        before = self.ledger.handoffs.get(message.handoff_id)
+        is_first = before is not None and before.state is HandoffState.FILLING
+        blocks = list(before.blocks) if before is not None else []
         handoff = self.ledger.seal(
             message.handoff_id, message.epoch, worker_id, finished=message.finished
         )
-        log.debug("handoff_sealed", handoff=handoff.handoff_id, finished=message.finished)
+        if is_first:
+            detail = "finished: nothing to decode" if message.finished else ""
+            self.notes.handoff("handoff_sealed", handoff, worker_id, blocks, detail)
         if message.finished:
             self._tell_aborted(handoff, "finished", handoff.decode_id)
             return
@@ -185,19 +272,25 @@ class Broker:
         self._send(handoff.decode_id, sealed)
 
     def _claim(self, worker_id: str, message: Claim) -> Granted:
+        before = self.ledger.handoffs.get(message.handoff_id)
+        is_first = before is not None and before.state is HandoffState.SEALED
         handoff = self.ledger.claim(message.handoff_id, message.epoch, worker_id)
-        log.debug("handoff_claimed", handoff=handoff.handoff_id)
-        return _granted(handoff)
+        if is_first:
+            self.notes.handoff("handoff_claimed", handoff, worker_id, handoff.blocks)
+        return self._granted(handoff, worker_id)
 
     def _release(self, worker_id: str, message: Release) -> None:
+        handoff = self.ledger.find(message.handoff_id, message.epoch)
+        blocks = list(handoff.blocks)
         self.ledger.release(message.handoff_id, message.epoch, worker_id)
-        log.debug("handoff_released", handoff=message.handoff_id)
+        self.notes.handoff("handoff_released", handoff, worker_id, blocks)
 
     def _suspend(self, worker_id: str, message: Suspend) -> None:
+        blocks = list(self.ledger.find(message.handoff_id, message.epoch).blocks)
         handoff = self.ledger.suspend(
             message.handoff_id, message.epoch, worker_id, message.num_tokens
         )
-        log.info("handoff_suspended", handoff=handoff.handoff_id, num_tokens=message.num_tokens)
+        self.notes.handoff("handoff_suspended", handoff, worker_id, blocks)
         self._waiting_calls[handoff.handoff_id] = (worker_id, message.call_id)
 
     def _quit(self, worker_id: str, message: Quit) -> None:
@@ -206,23 +299,32 @@ class Broker:
         if handoff is None or handoff.epoch != message.epoch:
             return
         if handoff.needs(worker_id):
-            self._abort(handoff, "a worker gave it up")
+            self._abort(handoff, worker_id, "a worker gave it up")
+        if handoff.state is HandoffState.ABORTING and handoff.writer == worker_id:
+            self.notes.handoff("handoff_quit", handoff, worker_id, handoff.blocks)
         self.ledger.quit(message.handoff_id, worker_id)
 
     def _lease(self, worker_id: str, message: Lease) -> Leased:
-        return Leased(blocks=self.ledger.lease(worker_id, message.num_blocks))
+        num_evicted = self.ledger.pool.num_evicted
+        blocks = self.ledger.lease(worker_id, message.num_blocks)
+        num_evicted = self.ledger.pool.num_evicted - num_evicted
+        self.notes.granted("blocks_leased", blocks, num_evicted, worker_id)
+        return Leased(blocks=blocks, stamps=self._stamps(worker_id, blocks))
 
     def _give_back(self, worker_id: str, message: GiveBack) -> None:
+        pool = self.ledger.pool
+        given = [each for each in message.blocks if pool.is_granted(each, worker_id)]
         self.ledger.give_back(worker_id, message.blocks)
+        self.notes.blocks("blocks_given_back", given, worker_id)
 
-
-def _granted(handoff: Handoff) -> Granted:
-    return Granted(
-        blocks=handoff.blocks,
-        num_committed=handoff.num_committed,
-        num_keys=len(handoff.keys),
-        last_key=handoff.last_key,
-    )
+    def _discard(self, worker_id: str, message: Discard) -> None:
+        """Bytes did not fit their digest: others shall compute them anew."""
+        handoff = self.ledger.find(message.handoff_id, message.epoch)
+        num = self.ledger.discard(message.handoff_id, message.epoch, worker_id, message.indexes)
+        blocks = handoff.readable(worker_id, message.indexes)
+        self.notes.blocks("blocks_discarded", blocks, worker_id, handoff)
+        log.error("blocks_corrupt", handoff=message.handoff_id, worker=worker_id, num_dropped=num)
+        self.num_corrupt += len(message.indexes)
 
 
 _WORKER_HANDLERS: dict[type[Message], Callable[..., Message | None]] = {
@@ -235,4 +337,5 @@ _WORKER_HANDLERS: dict[type[Message], Callable[..., Message | None]] = {
     Quit: Broker._quit,
     Lease: Broker._lease,
     GiveBack: Broker._give_back,
+    Discard: Broker._discard,
 }

@@ -8,13 +8,13 @@ the same state again; one that is not due raises StaleError and changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from common.messages import StaleError
-from services.kvstore.blocks import BlockPool
+from services.kvstore.blocks import BlockName, BlockPool
 
 
-class HandoffState(Enum):
+class HandoffState(StrEnum):
     """Where a handoff stands."""
 
     WAITING = "waiting"
@@ -32,24 +32,28 @@ _BEFORE_SEAL = (HandoffState.WAITING, HandoffState.RESERVED, HandoffState.FILLIN
 class OpenRequest:
     """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`."""
 
+    request_id: str
     gateway_id: str
     prefill_id: str
     decode_id: str
+    tenant: bytes
     root_key: bytes
     keys: list[bytes]
     num_tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Handoff:
     """One request's KV on its way. `blocks[:num_committed]` are final and pinned by this handoff;
     the rest are granted to the handoff itself, until decode claims them for its lease."""
 
     handoff_id: str
     epoch: int
+    request_id: str
     gateway_id: str
     prefill_id: str
     decode_id: str
+    tenant: bytes
     root_key: bytes
     keys: list[bytes]  # of the prompt's full blocks, then of those that decode filled
     num_tokens: int
@@ -59,11 +63,7 @@ class Handoff:
     num_cached: int = 0
     num_reserved: int = 0
     writer: str = ""
-
-    @property
-    def last_key(self) -> bytes:
-        """The parent of the first block whose key is not known yet."""
-        return self.keys[-1] if self.keys else self.root_key
+    is_fenced: bool = False  # once aborting: the gateway takes nothing of it any more
 
     def needs(self, member_id: str) -> bool:
         """Whether the handoff cannot go on without this member."""
@@ -120,11 +120,34 @@ class Handoff:
         self._expect_granted(pool, member_id, blocks)
         if len(set(blocks)) != len(blocks):
             raise StaleError("a block can be committed only once")
-        for block_id, key in zip(blocks, keys, strict=True):
-            pool.commit(block_id, key)
         self.keys += keys[len(known_keys) :]
+        for index, block_id in enumerate(blocks, first_index):
+            pool.commit(block_id, self._name(index))
         self.blocks[first_index:end] = blocks
         self.num_committed = end
+
+    def commit_late(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
+        """Decode says of an aborted handoff that blocks are final: they leave its lease, and are
+        never found. What it read meanwhile may have been reused."""
+        self.expect_writer(member_id)
+        self._expect_granted(pool, member_id, blocks)
+        if len(set(blocks)) != len(blocks):
+            raise StaleError("a block can be committed only once")
+        for block_id in blocks:
+            pool.commit(block_id, None)
+        if self.is_fenced:
+            pool.unpin(blocks)
+        else:
+            self.blocks[self.num_committed : self.num_committed + len(blocks)] = blocks
+            self.num_committed += len(blocks)
+
+    def _name(self, index: int) -> BlockName:
+        parent = self.keys[index - 1] if index else self.root_key
+        return BlockName(self.keys[index], parent, self.tenant)
+
+    def key_of(self, index: int) -> bytes:
+        """What a block's digest is bound to: its key, or its parent's while it is unfinished."""
+        return self.keys[min(index, len(self.keys) - 1)] if self.keys else self.root_key
 
     def check_writer(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
         """Raise StaleError unless the member may write these blocks now."""
@@ -137,15 +160,16 @@ class Handoff:
             if not pool.is_granted(block_id, owner):
                 raise StaleError(f"block {block_id} is not the sender's to write")
 
-    def check_reader(self, member_id: str, blocks: list[int]) -> None:
-        """Raise StaleError unless the member may read these blocks: final ones, and once it has
-        claimed the handoff also the unfinished last one."""
+    def readable(self, member_id: str, indexes: list[int]) -> list[int]:
+        """The blocks at these places, which the member may read: final ones, and once it has
+        claimed the handoff also the unfinished last one. Raises StaleError for others."""
         if member_id not in (self.prefill_id, self.decode_id):
             raise StaleError("not a worker of this handoff")
         claimed = self.state is HandoffState.CLAIMED and self.writer == member_id
-        readable = set(self.blocks if claimed else self.blocks[: self.num_committed])
-        if not readable.issuperset(blocks):
+        num_readable = len(self.blocks) if claimed else self.num_committed
+        if max(indexes, default=0) >= num_readable:
             raise StaleError("blocks that this handoff does not hold")
+        return [self.blocks[index] for index in indexes]
 
     def claim(self, pool: BlockPool, member_id: str) -> None:
         """Decode takes over; the unfinished last block joins its lease."""
@@ -159,12 +183,17 @@ class Handoff:
         self.state = HandoffState.CLAIMED
         self.writer = member_id
 
+    def unpin(self, pool: BlockPool) -> None:
+        """Nothing that is read for this handoff counts any more."""
+        pool.unpin(self.blocks[: self.num_committed])
+        del self.blocks[: self.num_committed]
+        self.num_committed = 0
+
     def drop_blocks(self, pool: BlockPool) -> None:
         """Unpin what is committed, free what is granted; decode's blocks stay in its lease."""
         self.num_reserved = 0
-        pool.unpin(self.blocks[: self.num_committed])
+        self.unpin(pool)
         if self.writer != self.decode_id:
-            pool.free(self.blocks[self.num_committed :])
+            pool.free(self.blocks)
         self.blocks = []
-        self.num_committed = 0
         self.writer = ""

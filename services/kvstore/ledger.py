@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from common.messages import StaleError
 from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError, UnprocessableError
-from services.kvstore.blocks import BlockPool
+from services.kvstore.blocks import BlockPool, BlockState
 from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
+from services.kvstore.staging import Staging
 
 
 class Ledger:
@@ -32,10 +33,12 @@ class Ledger:
         max_waiting: int = 4096,
     ) -> None:
         self.pool = pool
+        self.staging = Staging(pool)
         self.block_size = block_size
         self.handoffs: dict[str, Handoff] = {}
         self.num_reserved = 0
         self._waiting: deque[Handoff] = deque()
+        self._preparing: dict[str, Handoff] = {}  # not in the line yet
         self._no_room: tuple[int, int, int, int, str] | None = None  # where admitting ended
         self._new_id = new_id
         self._growth_blocks = growth_blocks
@@ -45,7 +48,7 @@ class Ledger:
     # ---- opening ------------------------------------------------------------------------------
 
     def open(self, request: OpenRequest) -> Handoff:
-        """A new handoff, waiting for room: `admit` tells when it has it.
+        """A new handoff, not in the line for room before `line_up`; `admit` tells when it has it.
 
         Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait,
         UnprocessableError if the numbers of tokens and keys cannot be.
@@ -64,23 +67,30 @@ class Ledger:
                 f"{self.pool.num_blocks}: raise --kv-bytes or shorten the prompt",
                 field="prompt",
             )
-        if len(self._waiting) >= self._max_waiting:
+        if self.num_waiting >= self._max_waiting:
             raise OverloadedError(
                 f"{self._max_waiting} requests already wait for KV blocks", retry_after_s=1
             )
         handoff = Handoff(
             handoff_id=self._new_id(),
             epoch=1,
+            request_id=request.request_id,
             gateway_id=request.gateway_id,
             prefill_id=request.prefill_id,
             decode_id=request.decode_id,
+            tenant=request.tenant,
             root_key=request.root_key,
             keys=list(request.keys),
             num_tokens=request.num_tokens,
         )
-        self.handoffs[handoff.handoff_id] = handoff
-        self._waiting.append(handoff)
+        self.handoffs[handoff.handoff_id] = self._preparing[handoff.handoff_id] = handoff
         return handoff
+
+    def line_up(self, handoff_id: str) -> None:
+        """A new handoff is prepared to wait for room, if it is not over."""
+        handoff = self._preparing.pop(handoff_id, None)
+        if handoff is not None:
+            self._waiting.append(handoff)
 
     def admit(self) -> list[Handoff]:
         """Reserve room for waiting handoffs, in order, as far as it reaches; returns those.
@@ -99,14 +109,24 @@ class Ledger:
         """All that decides whether the first in line can be admitted."""
         first = self._waiting[0].handoff_id if self._waiting else ""
         pool = self.pool
-        return pool.num_available, pool.num_keys, self.num_reserved, self._num_open(), first
+        return pool.num_available, pool.num_indexed, self.num_reserved, self._num_open(), first
+
+    def usable_keys(self, handoff: Handoff) -> list[bytes]:
+        """The keys of the prompt's blocks that need no computing if they are found."""
+        if not self._prefix_cache:
+            return []
+        # The last position is always computed: its logits are what the first token is drawn from.
+        return handoff.keys[: (handoff.num_tokens - 1) // self.block_size]
+
+    @property
+    def room(self) -> int:
+        """Blocks that are promised to nobody; may be negative only within an operation."""
+        return self.pool.num_available - self.num_reserved
 
     def _reserve(self, handoff: Handoff) -> bool:
-        # The last position is always computed: its logits are what the first token is drawn from.
-        usable = handoff.keys[: (handoff.num_tokens - 1) // self.block_size]
-        cached = self.pool.lookup(usable) if self._prefix_cache else []
+        cached = self.pool.lookup(self.usable_keys(handoff))
         needed = self._blocks_for(handoff.num_tokens) - len(cached)
-        room = self.pool.num_available - self.pool.num_cached(cached) - self.num_reserved
+        room = self.room - self.pool.num_cached(cached)
         # With nothing else open the growth reserve has nobody to serve.
         kept_back = self._growth_blocks if self._num_open() else 0
         if needed + kept_back > room:
@@ -121,11 +141,11 @@ class Ledger:
 
     @property
     def num_waiting(self) -> int:
-        """Handoffs that wait for room."""
-        return len(self._waiting)
+        """Handoffs that wait for room, or for blocks from the disk."""
+        return len(self._waiting) + len(self._preparing)
 
     def _num_open(self) -> int:
-        return len(self.handoffs) - len(self._waiting)
+        return len(self.handoffs) - self.num_waiting
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -137,7 +157,7 @@ class Ledger:
 
         In the second case the handoff is claimed at once and the blocks belong to decode's lease.
         """
-        handoff = self._find(handoff_id, epoch)
+        handoff = self.find(handoff_id, epoch)
         self.num_reserved -= handoff.fill(self.pool, member_id)
         return handoff
 
@@ -157,23 +177,36 @@ class Ledger:
         final as no longer in its lease.
         """
         handoff = self.handoffs.get(handoff_id)
-        by_decode = handoff is not None and handoff.writer == handoff.decode_id
-        if handoff is None or handoff.epoch != epoch or not by_decode:
-            handoff = self._find(handoff_id, epoch)
+        if (
+            handoff is not None
+            and handoff.state is HandoffState.ABORTING
+            and (handoff.epoch, handoff.decode_id) == (epoch, member_id)
+        ):
+            handoff.commit_late(self.pool, member_id, blocks)
+            return handoff
+        handoff = self.find(handoff_id, epoch)
         handoff.commit(self.pool, member_id, first_index=first_index, blocks=blocks, keys=keys)
         return handoff
 
-    def check_writer(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
-        """Raise StaleError unless the member may write these blocks for this handoff now."""
-        self._find(handoff_id, epoch).check_writer(self.pool, member_id, blocks)
+    def find(self, handoff_id: str, epoch: int) -> Handoff:
+        """A living handoff. Raises StaleError if it is over or at another epoch."""
+        handoff = self.handoffs.get(handoff_id)
+        if handoff is None or handoff.state is HandoffState.ABORTING:
+            raise StaleError("this handoff is over")
+        if handoff.epoch != epoch:
+            raise StaleError(f"this handoff is at epoch {handoff.epoch}, not {epoch}")
+        return handoff
 
-    def check_reader(self, handoff_id: str, epoch: int, member_id: str, blocks: list[int]) -> None:
-        """Raise StaleError unless the member may read these blocks for this handoff now."""
-        self._find(handoff_id, epoch).check_reader(member_id, blocks)
+    def discard(self, handoff_id: str, epoch: int, member_id: str, indexes: list[int]) -> int:
+        """A worker found that blocks it read are not what their digests say: they are found no
+        more. Returns how many could be found until now."""
+        blocks = self.find(handoff_id, epoch).readable(member_id, indexes)
+        final = [block for block in blocks if self.pool[block].state is BlockState.COMMITTED]
+        return sum(self.pool.discard(block) for block in final)
 
     def seal(self, handoff_id: str, epoch: int, member_id: str, *, finished: bool) -> Handoff:
         """Prefill writes no more. `finished`: there is nothing to decode, all is released."""
-        handoff = self._find(handoff_id, epoch)
+        handoff = self.find(handoff_id, epoch)
         if handoff.state is HandoffState.SEALED and member_id == handoff.prefill_id:
             return handoff
         handoff.expect(HandoffState.FILLING)
@@ -187,13 +220,13 @@ class Ledger:
 
     def claim(self, handoff_id: str, epoch: int, member_id: str) -> Handoff:
         """Decode takes over; the unfinished last block joins its lease."""
-        handoff = self._find(handoff_id, epoch)
+        handoff = self.find(handoff_id, epoch)
         handoff.claim(self.pool, member_id)
         return handoff
 
     def release(self, handoff_id: str, epoch: int, member_id: str) -> None:
         """Decode is done: committed blocks lose their reader, the rest stay in its lease."""
-        handoff = self._find(handoff_id, epoch)
+        handoff = self.find(handoff_id, epoch)
         handoff.expect(HandoffState.CLAIMED)
         handoff.expect_writer(member_id)
         self._close(handoff)
@@ -204,7 +237,7 @@ class Ledger:
         Raises TooLargeError if the store could never hold `num_tokens`, UnprocessableError if they
         are fewer than before.
         """
-        handoff = self._find(handoff_id, epoch)
+        handoff = self.find(handoff_id, epoch)
         handoff.expect(HandoffState.CLAIMED)
         handoff.expect_writer(member_id)
         if num_tokens < handoff.num_tokens:
@@ -228,8 +261,7 @@ class Ledger:
 
     def lease(self, member_id: str, count: int) -> list[int]:
         """Up to `count` free blocks to grow into. Only reservations are out of reach."""
-        room = self.pool.num_available - self.num_reserved
-        return self.pool.grant(max(0, min(count, room)), member_id)
+        return self.pool.grant(max(0, min(count, self.room)), member_id)
 
     def give_back(self, member_id: str, blocks: list[int]) -> None:
         """Leased blocks are free again. Those that are not the sender's are left alone."""
@@ -238,22 +270,31 @@ class Ledger:
 
     # ---- endings ------------------------------------------------------------------------------
 
-    def abort(self, handoff_id: str) -> Handoff | None:
-        """End a handoff wherever it stands. Returns it, or None if it is over already.
+    def abort(self, handoff_id: str, *, is_fenced: bool) -> Handoff | None:
+        """End a handoff wherever it stands. Returns it, or None if it was ended before.
 
         If a writer may be at work the handoff is ABORTING until that writer says `quit` or is dead,
-        and its granted blocks are quarantined.
+        and its granted blocks are quarantined. What it only reads is given back as soon as nothing
+        that it makes of it counts: when the gateway takes no more of its tokens (`is_fenced`).
         """
         handoff = self.handoffs.get(handoff_id)
-        if handoff is None or handoff.state is HandoffState.ABORTING:
+        if handoff is None:
             return None
+        was_over = handoff.state is HandoffState.ABORTING
         if handoff.state in (HandoffState.FILLING, HandoffState.CLAIMED):
             if handoff.state is HandoffState.FILLING:
                 self.pool.quarantine(handoff.blocks[handoff.num_committed :])
             handoff.state = HandoffState.ABORTING
-        else:
+        elif not was_over:
             self._close(handoff)
-        return handoff
+            return handoff
+        if is_fenced:
+            self._fence(handoff)
+        return None if was_over else handoff
+
+    def _fence(self, handoff: Handoff) -> None:
+        handoff.is_fenced = True
+        handoff.unpin(self.pool)
 
     def quit(self, handoff_id: str, member_id: str) -> None:
         """The writer of an aborted handoff writes no more."""
@@ -262,6 +303,11 @@ class Ledger:
             return
         if handoff.writer == member_id:
             self._close(handoff)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether anybody may be writing who holds no living handoff."""
+        return bool(self.pool.counts()["quarantined"]) or self.staging.is_busy
 
     def handoffs_of(self, member_id: str) -> list[Handoff]:
         """The handoffs that a member opened, fills or decodes."""
@@ -272,17 +318,27 @@ class Ledger:
         pool, written = self.pool, self.pool.written_by(member_id)
         pool.quarantine([each for each in written if pool.is_granted(each, member_id)])
 
-    def writer_stopped(self, member_id: str) -> None:
-        """A member is dead, or says that it writes no more: nothing of it needs quarantine."""
+    def waits_for(self, member_id: str) -> bool:
+        """Whether anything is held back until this member stops."""
+        return bool(self.pool.written_by(member_id)) or any(
+            member_id in (handoff.writer, handoff.gateway_id) for handoff in self.handoffs.values()
+        )
+
+    def member_stopped(self, member_id: str) -> None:
+        """A member is dead, or says that it writes and listens no more: nothing of it needs
+        quarantine."""
         for handoff in list(self.handoffs.values()):
             if handoff.state is HandoffState.ABORTING and handoff.writer == member_id:
                 self._close(handoff)
+            elif handoff.state is HandoffState.ABORTING and handoff.gateway_id == member_id:
+                self._fence(handoff)
         self.pool.free(self.pool.written_by(member_id))
 
     # ---- within -------------------------------------------------------------------------------
 
     def _close(self, handoff: Handoff) -> None:
-        if handoff.state is HandoffState.WAITING:
+        was_preparing = self._preparing.pop(handoff.handoff_id, None) is not None
+        if handoff.state is HandoffState.WAITING and not was_preparing:
             self._waiting.remove(handoff)
         self._drop_blocks(handoff)
         del self.handoffs[handoff.handoff_id]
@@ -291,18 +347,10 @@ class Ledger:
         self.num_reserved -= handoff.num_reserved
         handoff.drop_blocks(self.pool)
 
-    def _find(self, handoff_id: str, epoch: int) -> Handoff:
-        handoff = self.handoffs.get(handoff_id)
-        if handoff is None or handoff.state is HandoffState.ABORTING:
-            raise StaleError("this handoff is over")
-        if handoff.epoch != epoch:
-            raise StaleError(f"this handoff is at epoch {handoff.epoch}, not {epoch}")
-        return handoff
-
     def check(self) -> None:
         """Assert that handoffs and blocks account for one another."""
         self.pool.check()
-        readers: dict[int, int] = {}
+        readers: dict[int, int] = dict.fromkeys(self.staging.writing, 1)
         reserved = 0
         for handoff in self.handoffs.values():
             reserved += handoff.num_reserved

@@ -54,13 +54,26 @@ class Members:
         """Members not heard from for too long; the caller removes them."""
         return self._liveness.expire(now)
 
+    def next_expiry(self, now: float) -> float:
+        """When to look again for members that are lost."""
+        return self._liveness.next_expiry(now)
+
     def workers(self) -> list[Member]:
         """The workers that can take work."""
         return [self._members[member_id] for member_id in sorted(self._ready)]
 
+    def everyone(self) -> list[Member]:
+        """All members, ready or not."""
+        return list(self._members.values())
+
     def gateways(self) -> list[Member]:
         """The gateways, ready or not: they are told of the workers."""
         return [member for member in self._members.values() if member.role == "gateway"]
+
+    def prefill_rate(self) -> float:
+        """Tokens per second at which the fastest worker computes prompts; 0 if not known."""
+        loads = [member.load for member in self._members.values() if member.role != "gateway"]
+        return max((load.tokens_per_s for load in loads), default=0.0)
 
     def num_workers(self) -> int:
         """Workers of any state."""

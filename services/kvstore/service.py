@@ -17,17 +17,18 @@ This file is the shell: sockets, membership, time. Handoffs are broker.py, rows 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from common.config import setting
 from common.kv.arena import ARENA_PREFIX
 from common.kv.layout import KvLayout
 from common.messages import (
+    AskAudit,
+    AskWhy,
     Heartbeat,
     Hello,
+    Holdings,
     Leave,
     Member,
     Message,
@@ -41,31 +42,19 @@ from common.messages import Members as MembersMessage
 from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
-from services.kvstore.blocks import BlockPool
+from services.kvstore.admin import Admin
+from services.kvstore.audit_rows import handoffs_by_state
 from services.kvstore.broker import Broker
+from services.kvstore.config import StoreConfig
 from services.kvstore.data import DataServer
-from services.kvstore.ledger import Ledger
+from services.kvstore.disk.secret import load_or_make_secret
 from services.kvstore.members import Members
+from services.kvstore.serving import Serving, disk_folder
 from services.kvstore.writers import Writers, is_same_process
 
 log = structlog.get_logger()
 
-_GROWTH_SHARE = 16  # one block in so many is kept back for sequences that already run
-
-
-@dataclass(frozen=True)
-class StoreConfig:
-    """Settings of a KV store."""
-
-    name: str = setting("kvstore.1", "name shown to people")
-    bind: str = setting("tcp://127.0.0.1:5570", "where everyone reaches the store")
-    data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
-    kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
-    arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
-    prefix_cache: bool = setting(True, "whether prompts reuse the blocks of earlier ones")
-    heartbeat_s: float = setting(2.0, "interval of heartbeats", low=0.01)
-    lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
-    log_level: str = setting("info", "log level", choices="debug info warning error")
+_LEAST_SLEEP_S = 1e-3
 
 
 class KvStore:
@@ -74,7 +63,7 @@ class KvStore:
     def __init__(self, config: StoreConfig, seams: Seams) -> None:
         self.config = config
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        self.broker: Broker | None = None  # until the first worker tells the layout
+        self.serving: Serving | None = None  # until the first worker tells the layout
         self._seams = seams
         self._tasks = Tasks(self._fail)
         self._instance_id = seams.rng.new_id()
@@ -82,10 +71,16 @@ class KvStore:
         self._arena_path = str(Path(config.arena_dir) / f"{ARENA_PREFIX}{self._instance_id}")
         self._members = Members(config.lost_after_s)
         self._writers = Writers(seams.processes, seams.host_id)
+        self._admin = Admin(
+            seams.clock,
+            self._tasks,
+            self._members,
+            self._writers,
+            send=self._send,
+            broker=lambda: self.broker,
+        )
         self._peers: dict[str, bytes] = {}  # member id -> routing id
         self._shown: MembersMessage | None = None  # what gateways were told last
-        self._layout: KvLayout | None = None
-        self._fingerprint = ""
         self._server: Server | None = None
         self._data: DataServer | None = None
 
@@ -97,6 +92,10 @@ class KvStore:
         for path in disk.sweep_arenas(config.arena_dir):
             log.info("stale_arena_removed", path=path)
         self._arena = disk.create_arena(self._arena_path, config.kv_bytes)
+        if config.disk_dir:
+            self._cache_secret = await load_or_make_secret(
+                self._seams.files, disk_folder(config), lambda: self._cache_secret
+            )
         welcome = Welcome(instance_id=self._instance_id)
         self._data = DataServer(self._seams, config.data_bind, self._members, welcome)
         self._server = Server(
@@ -108,6 +107,7 @@ class KvStore:
             gone=self._peer_gone,
         )
         self._tasks.spawn(self._tick(), "tick")
+        self._tasks.spawn(self._expire(), "expire")
         log.info("store_ready", endpoint=self._server.endpoint, arena=self._arena_path)
 
     @property
@@ -115,6 +115,18 @@ class KvStore:
         """Where the control socket is bound."""
         assert self._server is not None
         return self._server.endpoint
+
+    @property
+    def broker(self) -> Broker | None:
+        """Who carries out what members say of handoffs; None before the first worker has joined."""
+        return None if self.serving is None else self.serving.broker
+
+    @property
+    def num_corrupt(self) -> int:
+        """Blocks that came, here or at a worker, with bytes that did not fit their digest."""
+        assert self._data is not None
+        at_workers = self.serving.broker.num_corrupt if self.serving else 0
+        return self._data.num_corrupt + at_workers
 
     async def drain(self) -> None:
         """Nothing to wait for: without the store the cluster does no work."""
@@ -147,6 +159,7 @@ class KvStore:
         if former is not None and former.member_id != member.member_id:
             self._lose(former.member_id, "it said hello again", stopped=False)
         self._members.join(member, self._seams.clock.now())
+        self._admin.joined(member)
         self._peers[member.member_id] = peer
         member_id = member.member_id
         self._writers.watch(
@@ -173,65 +186,61 @@ class KvStore:
         layout = member.layout
         if layout is None or not member.endpoint or member.max_num_seqs < 1:
             raise ProtocolError("a worker's hello must carry layout, endpoint and max_num_seqs")
-        same = layout == self._layout and member.fingerprint == self._fingerprint
-        if not same and self._layout is not None and self._members.num_workers():
+        former = self.serving
+        same = former is not None and (layout, member.fingerprint) == (
+            former.layout,
+            former.fingerprint,
+        )
+        if not same and former is not None and self._members.num_workers():
             raise ProtocolError(
-                f"the cluster serves model {self._fingerprint[:12]} with KV {self._layout}, "
+                f"the cluster serves model {former.fingerprint[:12]} with KV {former.layout}, "
                 f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
                 "model with the same dtype"
             )
-        num_blocks = self.config.kv_bytes // layout.block_bytes
-        if num_blocks < 2:
+        if self.config.kv_bytes // layout.block_bytes < 2:
             raise ProtocolError(
                 f"--kv-bytes {self.config.kv_bytes} holds no two KV blocks of {layout.block_bytes}"
             )
-        if not same:
-            self._serve(member, layout, num_blocks)
-        return num_blocks
+        serving = former if former is not None and same else self._serve(member, layout)
+        return serving.num_blocks
 
-    def _serve(self, member: Member, layout: KvLayout, num_blocks: int) -> None:
-        if self.broker is not None and self.broker.ledger.pool.counts()["quarantined"]:
-            raise UnavailableError(
-                "workers of the former model may still be writing", retry_after_s=1
-            )
-        ledger = Ledger(
-            BlockPool(num_blocks),
-            layout.block_size,
-            self._seams.rng.new_id,
-            growth_blocks=max(1, num_blocks // _GROWTH_SHARE),
-            prefix_cache=self.config.prefix_cache,
+    def _serve(self, worker: Member, layout: KvLayout) -> Serving:
+        if self.serving is not None:
+            self.serving.end()
+        self.serving = Serving(
+            worker,
+            config=self.config,
+            seams=self._seams,
+            tasks=self._tasks,
+            arena=self._arena,
+            members=self._members,
+            writers=self._writers,
+            send=self._send,
         )
-        self.broker = Broker(ledger, self._send, self._members.role_of, self._must_pull)
-        self._layout, self._fingerprint = layout, member.fingerprint
         assert self._data is not None
-        self._data.serve(ledger, self._arena, layout.block_bytes)
-        log.info("model_set", model=member.model, num_blocks=num_blocks)
-
-    def _must_pull(self, member_id: str) -> bool:
-        member = self._members.get(member_id)
-        return member is not None and not self._writers.may_write(member)
+        self._data.serve(self.serving.ledger, self._arena, layout.block_bytes)
+        log.info("model_set", model=worker.model, num_blocks=self.serving.num_blocks)
+        return self.serving
 
     def _lose(self, member_id: str, reason: str, *, stopped: bool) -> None:
         """A member is lost, or has stopped: then nothing of it needs quarantine any more."""
         member = self._members.remove(member_id)
-        broker = self.broker
+        serving = self.serving
         if member is not None:
             log.info("member_lost", name=member.name, member=member_id, reason=reason)
-            stopped |= not self._writers.may_write(member)
             peer = self._peers.pop(member_id)
-            if broker is not None:
-                broker.lose(member_id, f"{member.name} is lost: {reason}")
-                broker.ledger.lose_writer(member_id)
+            is_awaited = serving is not None and serving.lose(member, reason)
+            stopped |= not is_awaited or self._writers.cannot_harm(member)
             if self._server is not None and self._is_current(peer, member_id):
                 self._server.forget(peer)
             if not stopped:
                 self._writers.lost(member)
         if stopped:
             self._writers.stopped(member_id)
-            if broker is not None:
-                broker.ledger.writer_stopped(member_id)
-        if broker is not None:
-            broker.admit()
+            if serving is not None:
+                serving.broker.member_stopped(member_id)
+        if serving is not None:
+            serving.broker.admit()
         self._show_members()
 
     def _is_current(self, peer: bytes, member_id: str) -> bool:
@@ -245,22 +254,39 @@ class KvStore:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.config.heartbeat_s)
-            for member_id in self._members.expire(self._seams.clock.now()):
-                self._lose(member_id, "it was silent", stopped=False)
             self._show_members()
+
+    async def _expire(self) -> None:
+        """Lose those who were silent for too long, at once when it is too long."""
+        while True:
+            now = self._seams.clock.now()
+            for member_id in self._members.expire(now):
+                self._lose(member_id, "it was silent", stopped=False)
+            await asyncio.sleep(max(_LEAST_SLEEP_S, self._members.next_expiry(now) - now))
 
     def _show_members(self) -> None:
         """Tell the gateways, if there is news."""
         news = MembersMessage(members=self._members.workers())
-        if self.broker is not None:
-            ledger = self.broker.ledger
+        if self.serving is not None:
+            ledger = self.serving.ledger
             news.blocks = ledger.pool.counts()
+            news.handoffs, news.counters = handoffs_by_state(ledger), self.counters()
             news.num_handoffs, news.num_waiting = len(ledger.handoffs), ledger.num_waiting
         if news == self._shown:
             return
         self._shown = news
         for gateway in self._members.gateways():
             self._send(gateway.member_id, news)
+
+    def counters(self) -> dict[str, float]:
+        """For /metrics of the gateways."""
+        assert self._data is not None
+        return {
+            **(self.serving.counters() if self.serving else {}),
+            "blocks_corrupt_total": self.num_corrupt,
+            "bytes_in_total": self._data.num_bytes_in,
+            "bytes_out_total": self._data.num_bytes_out,
+        }
 
     # ---- messages -------------------------------------------------------------------------------
 
@@ -292,12 +318,9 @@ class KvStore:
             return None
         if isinstance(message, Stopped):
             self._stopped(member, message.member_id)
-            return None
-        if self.broker is None:
+            return Ok()
+        if isinstance(message, AskAudit | AskWhy | Holdings):
+            return self._admin.handle(member, message)
+        if self.serving is None:
             raise UnavailableError("no worker has joined yet", retry_after_s=1)
-        try:
-            if member.role == "gateway":
-                return self.broker.from_gateway(member.member_id, message)
-            return self.broker.from_worker(member.member_id, message)
-        finally:
-            self.broker.admit()
+        return self.serving.handle(member, message)

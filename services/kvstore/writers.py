@@ -26,6 +26,11 @@ class Writers:
             return False
         return member.mover == "shm" or member.host_id == self._host_id
 
+    def cannot_harm(self, member: Member) -> bool:
+        """Whether it is all the same what the member does once it is lost: it writes into memory of
+        its own, and is no gateway, which may yet take tokens for good."""
+        return member.role != "gateway" and not self.may_write(member)
+
     def watch(self, member: Member, ended: Callable[[], None]) -> None:
         """Call `ended` when the member's process ends, if it can be seen from here."""
         if member.host_id == self._host_id and member.member_id not in self._unwatch:
@@ -38,6 +43,10 @@ class Writers:
     def get_lost(self, member_id: str) -> Member | None:
         """A lost member that is not known to have stopped."""
         return self._lost.get(member_id)
+
+    def all_lost(self) -> list[Member]:
+        """The lost members that are not known to have stopped."""
+        return list(self._lost.values())
 
     def stopped(self, member_id: str) -> None:
         """The member writes no more."""

@@ -103,7 +103,8 @@ class PrefillRole:
         runtime = self._runtime
         with runtime.endings.using(sequence):
             await runtime.publisher.settle(sequence)
-            rest = sequence.blocks[sequence.num_committed :]
+            first = sequence.num_committed
+            rest = sequence.pieces(first, sequence.blocks[first:], [])
             mover = runtime.store_of(sequence).mover
             try:
                 await mover.push(sequence.handoff_id, sequence.epoch, rest)

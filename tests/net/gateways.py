@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -22,7 +22,9 @@ from kvbaton.protocol import (
     client_message_decoder,
     gateway_message_decoder,
 )
+from services.gateway.admin import Admin
 from services.gateway.clients import ClientFace
+from services.gateway.fleet import Store
 from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model
 
 FREE_PORT = "tcp://127.0.0.1:*"
@@ -46,6 +48,8 @@ async def running_face(
     endpoint: str = FREE_PORT,
     instance_id: str = "instance-1",
     clock: FakeClock | None = None,
+    admin_key: str = "",
+    stores: Sequence[Store] = (),
 ) -> AsyncIterator[ClientFace]:
     """A msgpack face; a task of it that fails, fails the test."""
     failures: list[BaseException] = []
@@ -53,7 +57,13 @@ async def running_face(
     seams = replace(live_seams(), clock=clock or FakeClock(), rng=FakeRng())
     try:
         face = ClientFace(
-            seams, endpoint, backend, demo_model(), tasks=tasks, instance_id=instance_id
+            seams,
+            endpoint,
+            backend,
+            demo_model(),
+            Admin(admin_key, stores, seams.clock),
+            tasks=tasks,
+            instance_id=instance_id,
         )
         try:
             yield face

@@ -91,7 +91,7 @@ async def test_request_ids_are_echoed_when_they_are_sane(given: str, echoed: boo
     request_id = response.headers["x-request-id"]
     assert (request_id == given) is echoed
     assert response.json()["id"] == "cmpl-" + request_id
-    assert backend.requests[0].metadata == {"http_request_id": request_id}
+    assert backend.requests[0].request_id == request_id
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,7 @@ async def test_a_link_made_before_its_server_finds_it() -> None:
         assert isinstance(await worker.link.call(Heartbeat()), Ok)
 
 
-async def test_a_restarted_server_fails_calls_in_flight_and_gets_a_hello(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("common.net.link.HELLO_PAUSE_S", 0.0)
+async def test_a_restarted_server_fails_calls_in_flight_and_gets_a_hello() -> None:
     endpoint = free_endpoint()
     async with running_worker(endpoint) as worker:
         async with running_store(endpoint, "first"):
@@ -196,10 +193,7 @@ async def test_a_restarted_server_fails_calls_in_flight_and_gets_a_hello(
             assert isinstance(await worker.link.call(Heartbeat()), Ok)
 
 
-async def test_a_server_that_forgot_a_peer_asks_it_for_a_hello(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("common.net.link.HELLO_PAUSE_S", 0.0)
+async def test_a_server_that_forgot_a_peer_asks_it_for_a_hello() -> None:
     async with running_store() as store, running_worker(store.server.endpoint) as worker:
         await worker.welcome()
         (peer,) = store.server.peers

@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from common.engine.mock import MockEngine
-from common.messages import FromStore, FromWorker, Message, ToStore, ToWorker, decoder
+from common.messages import Message
 from common.service import Seams, Tasks
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
 from common.worker.runtime import WorkerRuntime
-from kvbaton.errors import KvbatonError
+from kvbaton.errors import ConnectionLostError, KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.stream import RequestStream
+from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
-from services.kvstore.service import KvStore, StoreConfig
+from services.kvstore.service import KvStore
 from services.prefill.worker import PrefillRole
-from tests.sim.network import Pipe, SimNetwork
-from tests.sim.world import VirtualLoop, World
+from tests.sim.loop import VirtualLoop
+from tests.sim.network import Pipe, SimNetwork, decoded, type_of
+from tests.sim.world import World
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -33,15 +35,13 @@ DATA = ("sim://data-0", "sim://data-1")
 HEARTBEAT_S = 1.0
 LIMIT_S = 1000.0  # of virtual time
 
-_ANY_MESSAGE = decoder(ToStore | FromStore | ToWorker | FromWorker)
 
-
-def simulate(main: Coroutine[Any, Any, T]) -> T:
+def simulate(main: Coroutine[Any, Any, T], limit_s: float = LIMIT_S) -> T:
     """Run on virtual time. Raises TimeoutError where the live cluster would hang, and what a
     callback of the loop raised: nothing else would see that."""
 
     async def limited() -> T:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(limit_s):
             return await main
 
     errors: list[Exception] = []
@@ -60,11 +60,11 @@ def simulate(main: Coroutine[Any, Any, T]) -> T:
 
 def listen(network: SimNetwork, kind: type[M], callback: Callable[[Pipe, M], None]) -> None:
     """Call back with each message of a kind, just before it is delivered."""
+    tag = kind.__struct_config__.tag
 
     def on_delivery(pipe: Pipe, frames: list[memoryview]) -> None:
-        message = _ANY_MESSAGE.decode(frames[0])
-        if isinstance(message, kind):
-            callback(pipe, message)
+        if type_of(frames) == tag:
+            callback(pipe, decoded(frames, kind))
 
     network.listeners.append(on_delivery)
 
@@ -79,6 +79,10 @@ class Shape:
     num_gateways: int = 1
     num_blocks: int = 512
     mover: str = "auto"
+    movers: tuple[str, ...] = ()  # of the workers, in turn, where they differ
+    hosts: tuple[str, ...] = ("host",)  # where the workers are, in turn
+    lost_after_s: float = 8.0
+    disk_bytes: int = 0  # 0: no disk tier
     mode: str = "disaggregated"
     worker: dict[str, Any] = field(default_factory=dict)
 
@@ -87,8 +91,10 @@ class SimGateway:
     """A gateway without faces."""
 
     def __init__(self, name: str, seams: Seams, shape: Shape) -> None:
+        self.name = name
         self.seams = seams
         self.failures: list[BaseException] = []
+        self.streams: list[RequestStream] = []
         self._tasks = Tasks(self.failures.append)
         self.dispatcher = Dispatcher(
             seams,
@@ -100,8 +106,14 @@ class SimGateway:
         )
 
     async def close(self) -> None:
+        """Whoever reads a stream sees its connection end."""
         await self._tasks.close()
         self.dispatcher.close()
+        for stream in self.streams:
+            stream.fail(ConnectionLostError("the gateway is gone"))
+
+
+Process = SimGateway | WorkerRuntime | KvStore
 
 
 class SimCluster:
@@ -113,8 +125,10 @@ class SimCluster:
         self.stores: list[KvStore] = []
         self.workers: list[WorkerRuntime] = []
         self.gateways: list[SimGateway] = []
+        self._pids: dict[Process, int] = {}
+        self._num_started = 0
         self._num_requests = 0
-        self._num_defects = 0
+        self.num_defects = 0
         world.network.listeners.append(self._look_for_defects)
 
     async def __aenter__(self) -> SimCluster:
@@ -131,21 +145,57 @@ class SimCluster:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        processes: list[SimGateway | WorkerRuntime | KvStore]
-        processes = [*self.gateways, *self.workers, *self.stores]
+        processes: list[Process] = [*self.gateways, *self.workers, *self.stores]
         for process in processes:
             await process.close()
         if error == (None, None, None):
-            assert [failure for gateway in self.gateways for failure in gateway.failures] == []
-            assert not any(worker.failed.done() for worker in self.workers)
-            assert not any(store.failed.done() for store in self.stores)
-            assert self._num_defects == 0
+            assert self.failures() == []
+            assert self.num_defects == 0
+
+    def failures(self) -> list[BaseException]:
+        """Why processes could not go on."""
+        services: list[WorkerRuntime | KvStore] = [*self.workers, *self.stores]
+        failures = [failure for gateway in self.gateways for failure in gateway.failures]
+        return failures + [each.failed.result() for each in services if each.failed.done()]
 
     def _look_for_defects(self, _pipe: Pipe, frames: list[memoryview]) -> None:
         """A service that fails over a message says so to its sender and goes on."""
-        self._num_defects += KvbatonError.code.encode() in bytes(frames[0])
+        if type_of(frames) in ("failed", "dropped"):
+            self.num_defects += KvbatonError.code.encode() in bytes(frames[0])
 
     # ---- processes --------------------------------------------------------------------------
+
+    def pid(self, process: Process) -> int:
+        return self._pids[process]
+
+    def name(self, process: Process) -> str:
+        """Another for each process that is started."""
+        return self.world.network.names[self._pids[process]]
+
+    def is_alive(self, process: Process) -> bool:
+        return process in self._pids
+
+    def of_pid(self, pid: int) -> Process | None:
+        """The process, if it is alive."""
+        return next((each for each, number in self._pids.items() if number == pid), None)
+
+    def pid_at(self, endpoint: str) -> int:
+        """Who has bound an endpoint; 0 for nobody."""
+        router = self.world.network.routers.get(endpoint)
+        return 0 if router is None else router.pid
+
+    def at(self, endpoint: str) -> Process | None:
+        """The process that has bound an endpoint."""
+        return self.of_pid(self.pid_at(endpoint))
+
+    async def _within(self, seams: Seams, work: Coroutine[Any, Any, T]) -> T:
+        """Run as this process's work."""
+        context = self.world.context(seams.pid)
+        return await asyncio.get_running_loop().create_task(work, context=context)
+
+    def _seams(self, role: str, host_id: str = "host") -> Seams:
+        self._num_started += 1
+        return self.world.seams(host_id, f"{role}.{self._num_started}")
 
     async def _start_store(self, index: int) -> KvStore:
         config = StoreConfig(
@@ -155,14 +205,27 @@ class SimCluster:
             kv_bytes=self.shape.num_blocks * MockEngine(0, 0).info.layout.block_bytes,
             arena_dir="sim",
             heartbeat_s=HEARTBEAT_S,
+            lost_after_s=self.shape.lost_after_s,
+            disk_dir="disk" if self.shape.disk_bytes else "",
+            disk_bytes=self.shape.disk_bytes or 1,
         )
-        store = KvStore(config, self.world.seams())
-        await store.start()
+        seams = self._seams("kvstore")
+        store = KvStore(config, seams)
+        self._pids[store] = seams.pid
+        await self._within(seams, store.start())
         return store
 
     async def restart_store(self, index: int = 0) -> None:
         """Another process takes the place of a store, with the same settings."""
-        await self.stores[index].close()
+        store = self.stores[index]
+        await store.close()
+        self.world.end(self._pids.pop(store))
+        self.stores[index] = await self._start_store(index)
+
+    async def crash_store(self, index: int, down_s: float) -> None:
+        """As SIGKILL; after a while another takes its place."""
+        await self._end(self.stores[index])
+        await asyncio.sleep(down_s)
         self.stores[index] = await self._start_store(index)
 
     async def add_worker(self, role_name: str) -> WorkerRuntime:
@@ -170,13 +233,16 @@ class SimCluster:
             "prefill": PrefillRole,
             "decode": DecodeRole,
         }
+        shape, index = self.shape, len(self._pids)
+        movers = shape.movers or (shape.mover,)
+        seams = self._seams(role_name, shape.hosts[index % len(shape.hosts)])
         config = WorkerConfig(
-            name=f"{role_name}.{len(self.workers)}",
+            name=self.world.network.names[seams.pid],
             engine="mock",
-            stores=",".join(STORES[: self.shape.num_stores]),
+            stores=",".join(STORES[: shape.num_stores]),
             bind="sim://*:*",
-            mover=self.shape.mover,
-            **self.shape.worker,
+            mover=movers[index % len(movers)],
+            **shape.worker,
         )
 
         async def make_engine(config: WorkerConfig) -> MockEngine:
@@ -185,16 +251,22 @@ class SimCluster:
         def make_role(runtime: WorkerRuntime) -> Role:
             return roles[role_name](runtime)
 
-        worker = WorkerRuntime(config, role_name, self.world.seams(), make_engine, make_role)
-        self.workers.append(worker)
-        await worker.start()
+        worker = WorkerRuntime(config, role_name, seams, make_engine, make_role)
+        self._pids[worker] = seams.pid
+        try:
+            await self._within(seams, worker.start())
+        finally:
+            self.workers.append(worker)
         return worker
 
     def add_gateway(self, host_id: str = "host") -> SimGateway:
         """On another host nobody sees it end."""
-        name = f"gateway.{len(self.gateways)}"
-        self.gateways.append(SimGateway(name, self.world.seams(host_id), self.shape))
-        return self.gateways[-1]
+        seams = self._seams("gateway", host_id)
+        name = self.world.network.names[seams.pid]
+        gateway = self.world.context(seams.pid).run(SimGateway, name, seams, self.shape)
+        self._pids[gateway] = seams.pid
+        self.gateways.append(gateway)
+        return gateway
 
     async def kill(self, process: WorkerRuntime | SimGateway) -> None:
         """As SIGKILL: no goodbye, its sockets close, and its host sees it end."""
@@ -202,9 +274,17 @@ class SimCluster:
             self.gateways.remove(process)
         else:
             self.workers.remove(process)
-        self.world.network.kill(process.seams.pid)
+        await self._end(process)
+
+    async def _end(self, process: Process) -> None:
+        pid = self._pids.pop(process)
+        self.world.network.kill(pid)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        if loop.is_stopped(pid):
+            loop.continue_process(pid)  # to be cancelled before it can do anything
         await process.close()
-        self.world.processes.end(process.seams.pid)
+        self.world.end(pid)
 
     def of_role(self, role: type[PrefillRole | DecodeRole]) -> list[WorkerRuntime]:
         return [worker for worker in self.workers if isinstance(worker.role, role)]
@@ -218,19 +298,25 @@ class SimCluster:
         *,
         deadline_s: float | None = None,
         gateway: SimGateway | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
     ) -> RequestStream:
         """Send a request to `gateway`, or to each in turn."""
         if gateway is None:
             gateway = self.gateways[self._num_requests % len(self.gateways)]
         self._num_requests += 1
-        return gateway.dispatcher.submit(
-            GenerationRequest(
-                request_id=f"request-{self._num_requests}",
-                prompt=prompt,
-                sampling=SamplingParams(max_tokens=num_tokens, temperature=0),
-                deadline_s=deadline_s,
-            )
+        request = GenerationRequest(
+            request_id=f"request-{self._num_requests}",
+            prompt=prompt,
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0),
+            deadline_s=deadline_s,
+            tenant=tenant,
+            cache_salt=cache_salt,
         )
+        context = self.world.context(gateway.seams.pid)
+        stream = context.run(gateway.dispatcher.submit, request)
+        gateway.streams.append(stream)
+        return stream
 
     def ledgers(self) -> list[Ledger]:
         return [store.broker.ledger for store in self.stores if store.broker is not None]

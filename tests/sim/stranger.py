@@ -18,6 +18,7 @@ from common.messages import (
     Message,
     decoder,
 )
+from common.net.order import first_number
 from kvbaton.codec import encode
 from tests.sim.cluster import SimCluster
 from tests.sim.network import SimTransport
@@ -33,6 +34,8 @@ class Stranger:
     def __init__(self, cluster: SimCluster, endpoint: str) -> None:
         self._answers: list[Message] = []
         self._num_calls = 0
+        self._num_hellos = 0
+        self._next_number = 1
         self._pid = cluster.world.seams("elsewhere").pid
         transport = SimTransport(cluster.world.network, self._pid)
         self._socket = transport.dealer(endpoint, self._on_frames)
@@ -62,6 +65,11 @@ class Stranger:
         """What comes back: the code of a refusal, the name of an answer, or "" for nothing."""
         self._num_calls += 1
         message.call_id = self._num_calls
+        if isinstance(message, Hello):
+            self._next_number = first_number(self._num_hellos)
+            self._num_hellos += 1
+        message.number = self._next_number
+        self._next_number += 1
         self._answers.clear()
         self._socket.send([encode(message), *bulk])
         await asyncio.sleep(0.01)

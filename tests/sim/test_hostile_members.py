@@ -138,7 +138,7 @@ def test_nobody_says_of_another_that_it_has_stopped(role: str) -> None:
             handoff.decode_id,
         ):
             assert await stranger.ask(Stopped(member_id=member_id)) == "protocol_error"
-        assert await stranger.ask(Stopped(member_id="f" * 32)) == ""  # it never was
+        assert await stranger.ask(Stopped(member_id="f" * 32)) == "Ok"  # it never was
 
     while_serving(check)
 
@@ -192,6 +192,7 @@ def test_a_gateway_takes_no_workers_steps_and_ends_no_handoff_of_others() -> Non
             request_id="r",
             prefill_id=handoff.prefill_id,
             decode_id=handoff.decode_id,
+            tenant=b"t",
             root_key=b"",
             keys=[],
             num_tokens=20,
@@ -203,6 +204,7 @@ def test_a_gateway_takes_no_workers_steps_and_ends_no_handoff_of_others() -> Non
             ({"num_tokens": 0}, "unprocessable"),
             ({"num_tokens": -1}, "protocol_error"),
             ({"num_tokens": 1_000_000}, "invalid_request"),
+            ({"tenant": b"t" * 65}, "protocol_error"),
         ):
             assert await stranger.ask(msgspec.structs.replace(request, **changes)) == code, changes
 
@@ -215,18 +217,29 @@ def test_block_bytes_come_and_go_only_with_the_right_to_them(role: str) -> None:
         control, data = Stranger(cluster, STORES[0]), Stranger(cluster, DATA[0])
         step: dict[str, Any] = {"handoff_id": handoff.handoff_id, "epoch": handoff.epoch}
         block = handoff.blocks[0]
-        assert await data.ask(GetBlocks(**step, blocks=[block])) == "hello_required"
+        assert await data.ask(GetBlocks(**step, indexes=[0])) == "hello_required"
         assert await data.hello(role) == "stale"  # no member yet
         assert await control.hello(role) == "Welcome"
         assert await data.hello(role) == "Welcome"
+        for index in (0, len(handoff.blocks) - 1, 100_000):
+            assert await data.ask(GetBlocks(**step, indexes=[index])) == "stale"
+        put: dict[str, Any] = {**step, "first_index": 0, "digests": [b"d" * 16]}
         for each in (block, handoff.blocks[-1], 100_000):
-            assert await data.ask(GetBlocks(**step, blocks=[each])) == "stale"
-            assert await data.ask(PutBlocks(**step, blocks=[each]), _BLOCK) == "stale"
-        assert await data.ask(PutBlocks(**step, blocks=[block])) == "protocol_error"
-        assert await data.ask(PutBlocks(**step, blocks=[-1]), _BLOCK) == "protocol_error"
-        assert await data.ask(GetBlocks(**step, blocks=[-1])) == "protocol_error"
+            assert await data.ask(PutBlocks(**put, blocks=[each]), _BLOCK) == "stale"
+        for message, *bulk in (
+            (PutBlocks(**put, blocks=[block]),),
+            (PutBlocks(**put, blocks=[block]), _BLOCK, _BLOCK),
+            (PutBlocks(**put, blocks=[block]), _BLOCK[:-1]),
+            (PutBlocks(**put, blocks=[-1]), _BLOCK),
+            (PutBlocks(**{**put, "first_index": -1}, blocks=[block]), _BLOCK),
+            (PutBlocks(**{**put, "digests": []}, blocks=[block]), _BLOCK),
+            (PutBlocks(**{**put, "digests": [b"d" * 65]}, blocks=[block]), _BLOCK),
+            (GetBlocks(**step, indexes=[-1]),),
+            (GetBlocks(**step, indexes=[0] * 100_000),),
+        ):
+            assert await data.ask(message, *bulk) == "protocol_error", message
         assert await data.ask(Lease(num_blocks=1)) == "protocol_error"
-        assert await control.ask(GetBlocks(**step, blocks=[block])) == "protocol_error"
+        assert await control.ask(GetBlocks(**step, indexes=[0])) == "protocol_error"
 
     while_serving(check)
 
@@ -256,6 +269,7 @@ def test_a_worker_refuses_a_request_that_makes_no_sense(
                 epoch=1,
                 worker_id=cluster.of_role(role)[0].stores[0].member_id,
                 store=0,
+                root_key=b"root",
                 tokens=[5] * 20,
                 num_prompt_tokens=20,
                 sampling=SamplingParams(),

@@ -63,6 +63,7 @@ def test_a_late_pull_never_overwrites_another_sequences_block() -> None:
         async with SimCluster(World(1), shape) as cluster:
             network = cluster.world.network
             (decode,) = cluster.of_role(DecodeRole)
+            (ledger,) = cluster.ledgers()
             data = network.dealer(decode.seams.pid, DATA[0])
             network.delay(lambda pipe: pipe is data.incoming, 0.7, 0.7)
             running = cluster.submit([5] * 20, 160)
@@ -72,7 +73,8 @@ def test_a_late_pull_never_overwrites_another_sequences_block() -> None:
 
             def on_get(pipe: Pipe, message: GetBlocks) -> None:
                 if pipe.dealer is data:
-                    pulled.update(message.blocks)
+                    blocks = ledger.handoffs[message.handoff_id].blocks
+                    pulled.update(blocks[index] for index in message.indexes)
                     stream.cancel()
 
             def on_bytes(pipe: Pipe, _message: BlockBytes) -> None:

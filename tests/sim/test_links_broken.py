@@ -79,6 +79,7 @@ def test_a_handoff_is_opened_for_a_prefill_and_a_decode_worker_only() -> None:
                     request_id="r",
                     prefill_id=prefill_id,
                     decode_id=decode_id,
+                    tenant=b"t",
                     root_key=b"",
                     keys=[],
                     num_tokens=20,

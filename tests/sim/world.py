@@ -5,44 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import selectors
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from contextvars import Context, copy_context
+from dataclasses import dataclass
 
 from common.kv.arena import ArenaError, LiveDisk
 from common.service import Seams
+from kvbaton.sockets import HIGH_WATER_MARK
+from tests.sim.files import SimDrive, SimFiles
+from tests.sim.loop import PROCESS
 from tests.sim.network import SimNetwork, SimTransport
-
-
-class NothingLeftError(Exception):
-    """Every task waits for something that no timer will bring: a hang."""
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    """Where a live loop would wait, time jumps to the next timer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise NothingLeftError
-        self.now += max(0.0, timeout)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop on virtual time."""
-
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
-        self._clock_resolution = 1e-9
-
-    def time(self) -> float:
-        return self._jumping.now
 
 
 class SimClock:
@@ -89,39 +62,67 @@ class SimProcesses:
     """Processes are numbers; `end` is what SIGKILL would do to one."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[int, list[Callable[[], None]]] = defaultdict(list)
+        self._callbacks: dict[int, list[_OnExit]] = defaultdict(list)
+        self._ended: set[int] = set()
 
     def on_exit(self, pid: int, callback: Callable[[], None]) -> Callable[[], None]:
+        watch = _OnExit(callback, copy_context())
+        if pid in self._ended:
+            return asyncio.get_running_loop().call_soon(callback).cancel
         callbacks = self._callbacks[pid]
-        callbacks.append(callback)
-        return lambda: callbacks.remove(callback) if callback in callbacks else None
+        callbacks.append(watch)
+        return lambda: callbacks.remove(watch) if watch in callbacks else None
 
     def end(self, pid: int) -> None:
-        for callback in list(self._callbacks.pop(pid, [])):
-            callback()
+        """Tell all who watch it; one that is stopped itself hears of it when it goes on."""
+        self._ended.add(pid)
+        for watch in self._callbacks.pop(pid, []):
+            asyncio.get_running_loop().call_soon(watch.callback, context=watch.context)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnExit:
+    callback: Callable[[], None]
+    context: Context
 
 
 class World:
-    """One seed's world. Each process gets its seams from it."""
+    """One seed's world. Each process gets its seams from it, and runs in its own context."""
 
-    def __init__(self, seed: int) -> None:
-        self.network = SimNetwork(seed)
+    def __init__(self, seed: int, high_water_mark: int = HIGH_WATER_MARK) -> None:
+        self.network = SimNetwork(seed, high_water_mark)
         self.disk = SimDisk()
         self.processes = SimProcesses()
         self.random = random.Random(seed + 1)
+        self.drive = SimDrive(seed + 3)
+        self._files: dict[int, SimFiles] = {}
         self._rng = SimRng(seed + 2)
         self._num_processes = 0
 
-    def seams(self, host_id: str = "host") -> Seams:
+    def seams(self, host_id: str = "host", name: str = "") -> Seams:
         """A new process. Processes of one host see each other end."""
         self._num_processes += 1
         pid = self._num_processes
+        self.network.names[pid] = name or str(pid)
+        files = self._files[pid] = SimFiles(self.drive)
         return Seams(
             transport=SimTransport(self.network, pid),
             clock=SimClock(),
             rng=self._rng,
             disk=self.disk,
+            files=files,
             processes=self.processes,
             host_id=host_id,
             pid=pid,
         )
+
+    def end(self, pid: int) -> None:
+        """What the system does when a process has ended."""
+        self._files[pid].close()
+        self.processes.end(pid)
+
+    def context(self, pid: int) -> Context:
+        """What runs in it is the process's, and stops with it."""
+        context = copy_context()
+        context.run(PROCESS.set, pid)
+        return context

@@ -19,7 +19,7 @@ from services.kvstore.blocks import BlockPool
 from services.kvstore.broker import Broker
 from services.kvstore.ledger import Ledger
 
-ROOT = b"root"
+ROOT, TENANT = b"root", b"tenant"
 GATEWAY, PREFILL, DECODE = "gateway", "prefill", "decode"
 TOKENS = [1, 2, 3, 4, 5]
 
@@ -57,6 +57,7 @@ class Store:
                 request_id="request",
                 prefill_id=PREFILL,
                 decode_id=DECODE,
+                tenant=TENANT,
                 root_key=ROOT,
                 keys=prompt_keys(ROOT, tokens, 2),
                 num_tokens=len(tokens),

@@ -11,12 +11,14 @@ import itertools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable
 from enum import Enum
+from itertools import zip_longest
 
 from common.kv.hashing import block_key, prompt_keys
 from common.messages import (
     AbortHandoff,
     Claim,
     Commit,
+    Discard,
     Failed,
     Fill,
     GiveBack,
@@ -38,12 +40,12 @@ from services.kvstore.handoff import Handoff, HandoffState
 from services.kvstore.ledger import Ledger
 
 BLOCK_SIZE = 2
-ROOT_KEY = b"root"
+ROOT_KEY, TENANT = b"root", b"tenant"
 
 
 def frozen(value: object) -> Hashable:
     """Everything an object consists of, as a value that can be compared and hashed."""
-    if value is None or isinstance(value, str | bytes | int | Enum) or callable(value):
+    if value is None or isinstance(value, str | bytes | int | float | Enum) or callable(value):
         return value
     if isinstance(value, dict):
         items = ((key, frozen(each)) for key, each in value.items())
@@ -74,6 +76,8 @@ class LedgerWorld:
         self.silent: set[str] = set()  # lost, but may still be writing
         self.held: dict[tuple[str, str], set[int]] = defaultdict(set)
         self.content: dict[int, bytes] = {}  # the key of what was last said to be in a block
+        self.reading: dict[tuple[str, int], list[tuple[int, int]]] = {}  # what handoffs had pinned
+        self.fenced: set[str] = set()  # handoffs of which their gateway takes no more
         self.unanswered: set[tuple[str, int]] = set()
         self._num_calls = 0
         self.num_opened = 0
@@ -88,6 +92,7 @@ class LedgerWorld:
         was = self.ledger.handoffs.get(getattr(message, "handoff_id", ""))
         if was is not None:
             was = dataclasses.replace(was, keys=list(was.keys))
+        index = dict(self.ledger.pool._index)
         try:
             if isinstance(message, OpenHandoff | AbortHandoff):
                 answer = self.broker.from_gateway(sender, message)
@@ -99,6 +104,10 @@ class LedgerWorld:
         if isinstance(message, OpenHandoff | Suspend):
             self.unanswered.add((sender, message.call_id))
         if was is not None:
+            if was.state is HandoffState.ABORTING:
+                assert self.ledger.pool._index.items() <= index.items()
+            if isinstance(message, AbortHandoff) and sender == was.gateway_id:
+                self.fenced.add(was.handoff_id)
             if not self._may_say(sender, message, was):
                 assert before is None or frozen(self.ledger) == before
             self._believe(sender, message, answer, was)
@@ -124,10 +133,11 @@ class LedgerWorld:
             self.held[mine].update(answer.blocks[answer.num_committed :])
         if isinstance(message, Commit):
             said = message.keys or was.keys[message.first_index :]
-            for block, key in zip(message.blocks, said, strict=False):
-                if block in self.held[mine]:
+            late = was.state is HandoffState.ABORTING  # then nobody looks at the keys
+            for block, key in zip_longest(message.blocks, said, fillvalue=b""):
+                if isinstance(block, int) and block in self.held[mine]:
                     self.held[mine].remove(block)
-                    self.content[block] = key
+                    self.content[block] = b"" if late else key
         if isinstance(message, Seal) or (isinstance(message, Quit) and message.epoch == was.epoch):
             self.held.pop((sender, handoff_id), None)
 
@@ -153,6 +163,7 @@ class LedgerWorld:
                 request_id="request",
                 prefill_id=prefill,
                 decode_id=decode,
+                tenant=TENANT,
                 root_key=ROOT_KEY,
                 keys=prompt_keys(ROOT_KEY, tokens, BLOCK_SIZE),
                 num_tokens=len(tokens),
@@ -185,7 +196,7 @@ class LedgerWorld:
         if first < len(handoff.keys):
             blocks = blocks[: len(handoff.keys) - first]
         else:
-            key = handoff.last_key
+            key = handoff.keys[-1] if handoff.keys else handoff.root_key
             for _ in blocks:
                 key = block_key(key, [7, 7])
                 keys.append(key)
@@ -229,6 +240,12 @@ class LedgerWorld:
     def quit(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
         epoch = self._epoch(handoff_id, epoch_shift)
         return self.tell(sender, Quit(handoff_id=handoff_id, epoch=epoch))
+
+    def discard(
+        self, sender: str, handoff_id: str, indexes: list[int], epoch_shift: int = 0
+    ) -> Message | None:
+        epoch = self._epoch(handoff_id, epoch_shift)
+        return self.tell(sender, Discard(handoff_id=handoff_id, epoch=epoch, indexes=indexes))
 
     def lease(self, sender: str, num_blocks: int) -> None:
         self.tell(sender, Lease(num_blocks=num_blocks))
@@ -288,7 +305,12 @@ class LedgerWorld:
         self.silent.remove(member)
         for owner in [owner for owner in self.held if owner[0] == member]:
             del self.held[owner]
-        self.ledger.writer_stopped(member)
+        self.fenced.update(
+            handoff.handoff_id
+            for handoff in self.ledger.handoffs.values()
+            if handoff.gateway_id == member
+        )
+        self.ledger.member_stopped(member)
         self.broker.admit()
 
     def end(self) -> None:
@@ -317,6 +339,8 @@ class LedgerWorld:
         assert self.ledger.admit() == []
         pool = self.ledger.pool
         assert sum(pool.counts().values()) == pool.num_blocks
+        assert all(self.content[block] == key for key, block in pool._index.items())
+        self._check_readers()
         owners = self._owners()
         for block_id in range(pool.num_blocks):
             block = pool[block_id]
@@ -331,6 +355,18 @@ class LedgerWorld:
                 assert block.writer == member
             assert block.state is (BlockState.QUARANTINED if is_over else BlockState.GRANTED)
 
+    def _check_readers(self) -> None:
+        """What a worker reads for an aborted handoff stays what it is until nothing comes of it."""
+        for handoff in self.ledger.handoffs.values():
+            key = handoff.handoff_id, handoff.epoch
+            if handoff.state in (HandoffState.FILLING, HandoffState.CLAIMED):
+                final = handoff.blocks[: handoff.num_committed]
+                self.reading[key] = [(block, self.ledger.pool[block].stamp) for block in final]
+            elif handoff.state is HandoffState.ABORTING and handoff.handoff_id not in self.fenced:
+                for block_id, stamp in self.reading.get(key, []):
+                    block = self.ledger.pool[block_id]
+                    assert (block.state, block.stamp) == (BlockState.COMMITTED, stamp)
+
     def _owners(self) -> dict[int, tuple[str, str]]:
         """Who may write each block, or for whom it waits; no block has two such."""
         owned = [(block, owner) for owner, blocks in self.held.items() for block in blocks]
@@ -342,6 +378,7 @@ class LedgerWorld:
                 assert handoff.blocks == []
             if handoff.state is HandoffState.ABORTING:
                 assert handoff.writer in self.alive | self.silent
+                continue
             for block, key in zip(handoff.blocks, handoff.keys, strict=False):
                 if block not in rest:
                     assert self.content[block] == key

@@ -9,7 +9,7 @@ from services.kvstore.blocks import BlockPool
 from services.kvstore.handoff import Handoff, OpenRequest
 from services.kvstore.ledger import Ledger
 
-ROOT = b"root"
+ROOT, TENANT = b"root", b"tenant"
 GATEWAY, PREFILL, DECODE = "gateway", "prefill", "decode"
 
 
@@ -32,11 +32,26 @@ def ledger_of(
 
 
 def request_of(tokens: list[int], decode_id: str = DECODE) -> OpenRequest:
-    return OpenRequest(GATEWAY, PREFILL, decode_id, ROOT, prompt_keys(ROOT, tokens, 2), len(tokens))
+    return OpenRequest(
+        request_id="request",
+        gateway_id=GATEWAY,
+        prefill_id=PREFILL,
+        decode_id=decode_id,
+        tenant=TENANT,
+        root_key=ROOT,
+        keys=prompt_keys(ROOT, tokens, 2),
+        num_tokens=len(tokens),
+    )
+
+
+def waiting(ledger: Ledger, tokens: list[int]) -> Handoff:
+    handoff = ledger.open(request_of(tokens))
+    ledger.line_up(handoff.handoff_id)
+    return handoff
 
 
 def opened(ledger: Ledger, tokens: list[int]) -> Handoff:
-    handoff = ledger.open(request_of(tokens))
+    handoff = waiting(ledger, tokens)
     ledger.admit()
     return handoff
 

@@ -7,6 +7,8 @@ from typing import Any
 from common.worker.sequence import Sequence
 from kvbaton.sampling import SamplingParams
 
+ROOT = b"root"
+
 
 def sequence_of(num_tokens: int = 3, **fields: Any) -> Sequence:
     """A prompt of the tokens 10, 11, ... that just arrived."""
@@ -17,10 +19,12 @@ def sequence_of(num_tokens: int = 3, **fields: Any) -> Sequence:
         "store": 0,
         "incarnation": "member",
         "gateway": b"gateway",
+        "root_key": ROOT,
         "tokens": tokens,
         "num_prompt_tokens": num_tokens,
         "sampling": SamplingParams(),
         "choice": 0,
         "arrived_at": 0.0,
+        "block_size": 2,
     }
     return Sequence(**defaults | fields)

@@ -23,7 +23,7 @@ import sys
 from common.kv.arena import LiveDisk
 from common.worker.memory import WorkerMemory
 path, block_bytes, num_blocks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-memory = WorkerMemory(LiveDisk(), block_bytes, [num_blocks])
+memory = WorkerMemory(LiveDisk(), block_bytes, num_blocks, 1)
 memory.map(0, path)
 place = memory.place(0)
 for line in sys.stdin:
@@ -216,7 +216,7 @@ def test_each_store_has_a_place_where_its_blocks_keep_their_numbers(folder: Path
     """Blocks of 6000 bytes, which pages do not divide; the second store cannot be mapped."""
     path = str(folder / f"{ARENA_PREFIX}test")
     arena = LiveDisk().create_arena(path, 5 * 6000)
-    memory = WorkerMemory(LiveDisk(), 6000, [5, 3])
+    memory = WorkerMemory(LiveDisk(), 6000, 5, 2)
     memory.map(0, path)
     for store in (0, 1):
         assert memory.place(store).nbytes % 6000 == 0

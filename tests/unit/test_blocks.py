@@ -7,16 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.kv.hashing import prompt_keys
-from services.kvstore.blocks import BlockPool, BlockState
+from services.kvstore.blocks import BlockName, BlockPool, BlockState
 
-ROOT = b"root"
+ROOT, TENANT = b"root", b"tenant"
 
 
-def committed(pool: BlockPool, keys: list[bytes]) -> list[int]:
-    """New blocks with these keys and one reader each."""
+def name(key: bytes, parent: bytes = ROOT) -> BlockName:
+    return BlockName(key, parent, TENANT)
+
+
+def committed(pool: BlockPool, keys: list[bytes], after: bytes = ROOT) -> list[int]:
+    """New blocks with these keys, each the parent of the next, and one reader each."""
     blocks = pool.grant(len(keys), "writer")
-    for block, key in zip(blocks, keys, strict=True):
-        pool.commit(block, key)
+    for block, key, parent in zip(blocks, keys, [after, *keys], strict=False):
+        pool.commit(block, name(key, parent))
     return blocks
 
 
@@ -140,6 +144,103 @@ def test_leaves_are_evicted_before_their_parents() -> None:
     assert left == [[b"1", b"2"], [b"1"], []]
 
 
+def test_a_parent_is_evicted_after_its_children_however_long_it_has_not_been_read() -> None:
+    pool = BlockPool(2)
+    parent, child = committed(pool, [b"1", b"2"])
+    pool.unpin([parent])
+    pool.unpin([child])
+    assert pool.grant(1, "a") == [child]
+    assert present(pool, [b"1", b"2"]) == [b"1"]
+
+
+def test_a_parent_whose_children_are_all_read_by_others_is_evicted_all_the_same() -> None:
+    """They read it in a block of their own, which does not answer for its key."""
+    pool = BlockPool(3)
+    [found] = cached(pool, [b"1"])
+    duplicate, child = committed(pool, [b"1", b"2"])
+    assert pool[duplicate].name is None
+    assert pool.grant(1, "a") == [found]
+    assert present(pool, [b"1", b"2"]) == [b"2"]
+    pool.unpin([duplicate, child])
+    assert counts(pool) == {"cached": 1, "free": 1, "granted": 1}
+    [again] = cached(pool, [b"1"])
+    assert pool.lookup([b"1", b"2"]) == [again, child]
+
+
+def test_blocks_given_up_as_cold_are_evicted_first() -> None:
+    pool = BlockPool(3)
+    first, second = cached(pool, [b"a"]), cached(pool, [b"b"])
+    pool.pin(second)
+    pool.unpin(second, cold=True)
+    assert pool.coldest(2) == [*second, *first]
+    pool.grant(2, "a")
+    assert present(pool, [b"a", b"b"]) == [b"a"]
+
+
+# ---- stamps --------------------------------------------------------------------------------------
+
+
+def test_each_grant_of_a_block_gives_it_a_stamp_it_never_had() -> None:
+    pool = BlockPool(1)
+    stamps = []
+    for key in (b"k", None, b"k", b"k"):  # the last evicts
+        [block] = pool.grant(1, "a")
+        stamps.append(pool[block].stamp)
+        if key is None:
+            pool.free([block])
+            continue
+        pool.commit(block, name(key))
+        pool.unpin([block])
+        pool.pin([block])
+        pool.unpin([block])
+        assert pool[block].stamp == stamps[-1]
+    assert stamps == [1, 2, 3, 4]
+
+
+def test_a_block_handed_on_has_a_stamp_it_never_had() -> None:
+    pool = BlockPool(1)
+    pool.grant(1, "a")
+    pool.hand_on(0, "b")
+    assert pool[0].stamp == 2
+    pool.quarantine([0])
+    pool.free([0])
+    pool.grant(1, "a")
+    assert pool[0].stamp == 3
+
+
+# ---- what turned out to be wrong -----------------------------------------------------------------
+
+
+def test_a_cached_block_that_is_discarded_is_free() -> None:
+    pool = BlockPool(2)
+    [block] = cached(pool, [b"k"])
+    assert pool.discard(block)
+    assert pool.lookup([b"k"]) == []
+    assert counts(pool) == {"free": 2}
+    assert pool.coldest(2) == []
+
+
+def test_a_block_discarded_while_it_is_read_is_found_no_more_and_freed_with_its_readers() -> None:
+    pool = BlockPool(2)
+    [block] = committed(pool, [b"k"])
+    assert pool.discard(block)
+    assert not pool.discard(block)
+    assert pool.lookup([b"k"]) == []
+    assert counts(pool) == {"free": 1, "committed": 1}
+    pool.unpin([block])
+    assert counts(pool) == {"free": 2}
+
+
+def test_the_children_of_a_discarded_block_are_found_again_once_it_is_computed_anew() -> None:
+    pool = BlockPool(3)
+    parent, child = cached(pool, [b"1", b"2"])
+    pool.discard(parent)
+    assert pool.lookup([b"1", b"2"]) == []
+    assert counts(pool) == {"free": 2, "cached": 1}
+    [parent] = cached(pool, [b"1"])
+    assert pool.lookup([b"1", b"2"]) == [parent, child]
+
+
 def test_the_least_recently_read_chain_is_evicted_first() -> None:
     pool = BlockPool(4)
     first, _ = cached(pool, [b"a1", b"a2"]), cached(pool, [b"b1", b"b2"])
@@ -153,8 +254,8 @@ def test_an_evicted_block_forgets_its_key() -> None:
     pool = BlockPool(1)
     cached(pool, [b"old"])
     blocks = pool.grant(1, "a")
-    assert pool[blocks[0]].key is None
-    pool.commit(blocks[0], b"new")
+    assert pool[blocks[0]].name is None
+    pool.commit(blocks[0], name(b"new"))
     assert present(pool, [b"old", b"new"]) == [b"new"]
 
 
@@ -183,19 +284,21 @@ def test_the_second_block_of_a_key_never_answers_for_it() -> None:
         lambda pool: pool.free([2]),  # free already
         lambda pool: pool.free([0, 0]),
         lambda pool: pool.free([1]),  # committed
-        lambda pool: pool.commit(1, b"k"),
+        lambda pool: pool.commit(1, name(b"k")),
         lambda pool: pool.quarantine([1]),
         lambda pool: pool.hand_on(1, "b"),
         lambda pool: pool.pin([0]),  # not final
         lambda pool: pool.unpin([1, 1]),  # one reader only
         lambda pool: pool.grant(2, "b"),  # one is left
         lambda pool: pool.grant(-1, "b"),
+        lambda pool: pool.commit(0, None) or pool.free([0]),
+        lambda pool: pool.discard(0),
     ],
 )
 def test_what_the_ledger_must_never_do_is_seen(misuse) -> None:  # type: ignore[no-untyped-def]
     pool = BlockPool(3)
     pool.grant(2, "a")
-    pool.commit(1, b"k")
+    pool.commit(1, name(b"k"))
     with pytest.raises(AssertionError):
         misuse(pool)
 
@@ -224,7 +327,8 @@ def test_whatever_is_read_no_block_outlives_its_parent_in_the_index(
         if len(keys) - len(blocks) > pool.num_available:
             pool.unpin(blocks)
             continue
-        blocks = blocks + committed(pool, keys[len(blocks) :])
+        after = keys[len(blocks) - 1] if blocks else ROOT
+        blocks = blocks + committed(pool, keys[len(blocks) :], after)
         reading.append((now + duration, blocks))
         assert pool.lookup(keys) == blocks
         pool.check()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from common.kv.hashing import prompt_keys
 from common.messages import (
     AbortHandoff,
     Claim,
     Commit,
+    Discard,
     Fill,
     Filled,
     GiveBack,
@@ -26,8 +26,6 @@ from tests.unit.broker_store import (
     DECODE,
     GATEWAY,
     PREFILL,
-    ROOT,
-    TOKENS,
     Store,
     aborted,
 )
@@ -76,17 +74,16 @@ def test_a_handoff_with_a_worker_that_has_gone_is_refused(gone: str) -> None:
 def test_prefill_gets_the_block_table_and_what_is_known_of_its_keys() -> None:
     store = Store()
     store.open()
-    keys = prompt_keys(ROOT, TOKENS, 2)
     assert store.worker(PREFILL, Fill(handoff_id="h1", epoch=1)) == Granted(
-        blocks=[0, 1, 2], num_committed=0, num_keys=2, last_key=keys[1]
+        blocks=[0, 1, 2], num_committed=0, num_keys=2
     )
 
 
-def test_a_prompt_without_a_full_block_has_its_root_for_a_key() -> None:
+def test_a_prompt_without_a_full_block_has_no_key() -> None:
     store = Store()
     store.open([1])
     granted = store.worker(PREFILL, Fill(handoff_id="h1", epoch=1))
-    assert granted == Granted(blocks=[0], num_committed=0, num_keys=0, last_key=ROOT)
+    assert granted == Granted(blocks=[0], num_committed=0, num_keys=0)
 
 
 def test_decode_on_the_same_host_is_not_told_of_each_block() -> None:
@@ -100,7 +97,11 @@ def test_decode_that_must_pull_is_told_of_blocks_as_they_become_final() -> None:
     store = Store(pulling=DECODE)
     blocks = store.fill()
     store.worker(PREFILL, Commit(handoff_id="h1", epoch=1, first_index=0, blocks=blocks[:1]))
-    assert store.sent() == [(DECODE, Filled(handoff_id="h1", epoch=1, blocks=blocks[:1]))]
+    store.worker(PREFILL, Commit(handoff_id="h1", epoch=1, first_index=1, blocks=blocks[1:2]))
+    assert store.sent() == [
+        (DECODE, Filled(handoff_id="h1", epoch=1, first_index=0, blocks=[0], stamps=[1])),
+        (DECODE, Filled(handoff_id="h1", epoch=1, first_index=1, blocks=[1], stamps=[1])),
+    ]
 
 
 def test_decode_that_must_pull_is_told_of_cached_blocks_first() -> None:
@@ -110,7 +111,47 @@ def test_decode_that_must_pull_is_told_of_cached_blocks_first() -> None:
     store.open()
     store.sent()
     store.worker(PREFILL, Fill(handoff_id="h2", epoch=1))
-    assert store.sent() == [(DECODE, Filled(handoff_id="h2", epoch=1, blocks=blocks[:2]))]
+    assert store.sent() == [
+        (
+            DECODE,
+            Filled(handoff_id="h2", epoch=1, first_index=0, blocks=blocks[:2], stamps=[1, 1]),
+        )
+    ]
+
+
+@pytest.mark.parametrize("who", [PREFILL, DECODE])
+def test_who_moves_bytes_is_told_the_stamps_of_its_blocks(who: str) -> None:
+    """A block that changes hands or is granted anew has another."""
+    store = Store(pulling=who)
+    store.open()
+    filled = store.worker(PREFILL, Fill(handoff_id="h1", epoch=1))
+    assert isinstance(filled, Granted)
+    assert filled.stamps == ([1, 1, 1] if who == PREFILL else [])
+    for index in range(2):
+        blocks = filled.blocks[index : index + 1]
+        store.worker(PREFILL, Commit(handoff_id="h1", epoch=1, first_index=index, blocks=blocks))
+    store.worker(PREFILL, Seal(handoff_id="h1", epoch=1, first_token=9))
+    claimed = store.worker(DECODE, Claim(handoff_id="h1", epoch=1))
+    assert isinstance(claimed, Granted)
+    assert claimed.stamps == ([1, 1, 2] if who == DECODE else [])
+    leased = store.worker(DECODE, Lease(num_blocks=1))
+    assert leased == Leased(blocks=[3], stamps=[1] if who == DECODE else [])
+    store.worker(DECODE, GiveBack(blocks=[3, 2]))
+    for blocks, stamps in (([4], [1]), ([5, 6, 7, 3, 2], [1, 1, 1, 2, 3])):
+        leased = store.worker(DECODE, Lease(num_blocks=len(blocks)))
+        assert leased == Leased(blocks=blocks, stamps=stamps if who == DECODE else [])
+
+
+def test_what_came_corrupt_is_not_found_by_the_next() -> None:
+    store = Store(pulling=DECODE)
+    store.claim()
+    assert store.worker(DECODE, Discard(handoff_id="h1", epoch=1, indexes=[1])) is None
+    assert store.broker.num_corrupt == 1
+    store.worker(DECODE, Release(handoff_id="h1", epoch=1))
+    store.open(call_id=8)
+    [(_, opened)] = store.sent()
+    assert isinstance(opened, HandoffOpened)
+    assert opened.num_cached_blocks == 1
 
 
 def test_a_seal_tells_decode_to_claim_and_which_token_was_drawn() -> None:

@@ -7,6 +7,7 @@ import pytest
 from common.messages import (
     Aborted,
     AbortHandoff,
+    Commit,
     Failed,
     Fill,
     OpenHandoff,
@@ -19,6 +20,7 @@ from tests.unit.broker_store import (
     GATEWAY,
     PREFILL,
     ROOT,
+    TENANT,
     Store,
     aborted,
 )
@@ -27,9 +29,18 @@ from tests.unit.broker_store import (
 def test_an_abort_is_told_to_all_three() -> None:
     store = Store()
     store.fill()
-    store.gateway(AbortHandoff(handoff_id="h1"))
+    store.worker(DECODE, Quit(handoff_id="h1", epoch=1))
     told = store.sent()
     assert [member for member, _ in told] == [PREFILL, DECODE, GATEWAY]
+    assert {type(message) for _, message in told} == {Aborted}
+
+
+def test_a_gateway_is_not_told_of_its_own_abort() -> None:
+    store = Store()
+    store.fill()
+    store.gateway(AbortHandoff(handoff_id="h1"))
+    told = store.sent()
+    assert [member for member, _ in told] == [PREFILL, DECODE]
     assert {type(message) for _, message in told} == {Aborted}
 
 
@@ -40,13 +51,14 @@ def test_a_worker_for_both_parts_is_told_once() -> None:
             request_id="r",
             prefill_id=DECODE,
             decode_id=DECODE,
+            tenant=TENANT,
             root_key=ROOT,
             keys=[],
             num_tokens=1,
         )
     )
     store.sent()
-    store.gateway(AbortHandoff(handoff_id="h1"))
+    store.broker.lose(DECODE, "it was silent")
     assert [member for member, _ in store.sent()] == [DECODE, GATEWAY]
 
 
@@ -136,6 +148,33 @@ def test_the_loss_of_a_gateway_ends_what_it_opened() -> None:
     assert store.ledger.handoffs == {}
 
 
+@pytest.mark.parametrize("who", [PREFILL, DECODE])
+def test_a_gateway_that_is_told_of_an_abort_lets_go_of_what_is_read_by_saying_so(who: str) -> None:
+    store = Store()
+    blocks = store.claim() if who == DECODE else store.fill()
+    if who == PREFILL:
+        store.worker(PREFILL, Commit(handoff_id="h1", epoch=1, first_index=0, blocks=blocks[:2]))
+    store.broker.lose(who, "it was silent")
+    assert (GATEWAY, aborted("it was silent")) in store.sent()
+    assert store.ledger.pool.counts()["committed"] == 2
+    store.gateway(AbortHandoff(handoff_id="h1"), sender="other")
+    assert store.ledger.pool.counts()["committed"] == 2
+    for _ in range(2):
+        store.gateway(AbortHandoff(handoff_id="h1"))
+        assert store.ledger.pool.counts()["cached"] == 2
+    assert store.sent() == []
+
+
+def test_a_gateway_that_ends_a_handoff_itself_takes_nothing_of_it_any_more() -> None:
+    store = Store()
+    store.claim()
+    store.gateway(AbortHandoff(handoff_id="h1"))
+    counts = store.ledger.pool.counts()
+    assert (counts["cached"], counts["committed"], counts["granted"]) == (2, 0, 1)
+    store.worker(DECODE, Quit(handoff_id="h1", epoch=1))
+    assert store.ledger.handoffs == {}
+
+
 # ---- what nobody may say ------------------------------------------------------------------------
 
 
@@ -147,7 +186,12 @@ def test_each_side_may_say_only_its_own_messages() -> None:
         store.worker(
             PREFILL,
             OpenHandoff(
-                request_id="r", prefill_id=PREFILL, decode_id=DECODE, root_key=ROOT, keys=[],
+                request_id="r",
+                prefill_id=PREFILL,
+                decode_id=DECODE,
+                tenant=TENANT,
+                root_key=ROOT,
+                keys=[],
                 num_tokens=1,
             ),
-        )  # fmt: skip
+        )

@@ -11,6 +11,7 @@ import pytest
 from kvbaton.errors import InvalidRequestError, OverloadedError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest
+from services.gateway.generation import check_cache_salt
 from services.gateway.openai import schema
 from services.gateway.openai.choices import Choices, Job
 from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
@@ -55,6 +56,7 @@ def job(num_prompts: int, n: int, **values: Any) -> Job:
         sampling=params(**values),
         stop=(),
         skip_special_tokens=True,
+        cache_salt="",
         received_at=0.0,
     )
 
@@ -254,7 +256,8 @@ async def test_choices_of_a_prompt_share_a_seed_and_have_numbers() -> None:
     sent = [(request.prompt, request.sampling.seed, request.choice) for request in backend.requests]
     assert sent == [([5], 1, 0), ([5], 1, 1), ([5], 1, 2), ([6], 2, 0), ([6], 2, 1), ([6], 2, 2)]
     assert len({request.request_id for request in backend.requests}) == 6
-    assert {request.metadata["http_request_id"] for request in backend.requests} == {"http-1"}
+    assert backend.requests[0].request_id == "http-1"
+    assert {each.request_id.partition("#")[0] for each in backend.requests} == {"http-1"}
 
 
 async def test_a_given_seed_is_every_choices_seed() -> None:
@@ -302,3 +305,12 @@ async def test_one_failed_choice_fails_all() -> None:
     with pytest.raises(OverloadedError, match="preempted"):
         [token async for token in several]
     await several.close()
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 257])
+def test_a_cache_salt_has_1_to_256_characters(salt: str) -> None:
+    assert check_cache_salt(None) == ""
+    assert check_cache_salt("x" * 256) == "x" * 256
+    with pytest.raises(InvalidRequestError, match=f"1 to 256 characters, got {len(salt)}") as error:
+        check_cache_salt(salt)
+    assert error.value.field == "cache_salt"

@@ -11,14 +11,15 @@ from tests.unit.ledgers import (
     DECODE,
     PREFILL,
     ROOT,
+    TENANT,
     claimed,
     commit,
     counts,
     filling,
     ledger_of,
     opened,
-    request_of,
     sealed,
+    waiting,
 )
 
 # ---- filling -------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_only_the_workers_of_a_handoff_may_fill_it() -> None:
 
 def test_a_handoff_that_still_waits_cannot_be_filled() -> None:
     ledger = ledger_of()
-    ledger.open(request_of([1]))
+    waiting(ledger, [1])
     with pytest.raises(StaleError, match="is waiting, not reserved"):
         ledger.fill("h1", 1, PREFILL)
 
@@ -84,6 +85,9 @@ def test_committed_blocks_carry_the_keys_of_the_prompt() -> None:
     assert handoff.num_committed == 2
     assert ledger.pool.lookup(prompt_keys(ROOT, [1, 2, 3, 4], 2)) == handoff.blocks[:2]
     assert counts(ledger) == {"free": 5, "committed": 2, "granted": 1}
+    first, second = prompt_keys(ROOT, [1, 2, 3, 4], 2)
+    assert ledger.pool[handoff.blocks[0]].name == (first, ROOT, TENANT)
+    assert ledger.pool[handoff.blocks[1]].name == (second, first, TENANT)
 
 
 def test_a_commit_said_twice_changes_nothing() -> None:
@@ -145,7 +149,7 @@ def test_decode_commits_blocks_it_leased_with_keys_of_its_own() -> None:
     blocks = handoff.blocks[1:] + leased
     ledger.commit("h1", 1, DECODE, first_index=1, blocks=blocks, keys=[b"k1", b"k2"])
     assert handoff.keys[1:] == [b"k1", b"k2"]
-    assert handoff.last_key == b"k2"
+    assert ledger.pool[leased[0]].name == (b"k2", b"k1", TENANT)
     assert handoff.blocks[1:] == blocks
 
 
@@ -177,7 +181,7 @@ def test_nobody_may_write_a_sealed_handoff() -> None:
     assert (handoff.state, handoff.writer) == (HandoffState.SEALED, "")
     for member in (PREFILL, DECODE):
         with pytest.raises(StaleError, match="not the writer"):
-            ledger.check_writer("h1", 1, member, handoff.blocks[1:])
+            handoff.check_writer(ledger.pool, member, handoff.blocks[1:])
 
 
 def test_a_seal_said_twice_is_taken_once() -> None:
@@ -214,12 +218,21 @@ def test_the_unfinished_block_joins_the_lease_of_decode() -> None:
     assert ledger.claim("h1", 1, DECODE) is handoff
 
 
+def test_a_block_that_changes_hands_gets_another_stamp_and_a_final_one_keeps_its() -> None:
+    ledger = ledger_of()
+    handoff = sealed(ledger, [1, 2, 3])
+    before = [ledger.pool[block].stamp for block in handoff.blocks]
+    ledger.claim("h1", 1, DECODE)
+    ledger.claim("h1", 1, DECODE)
+    assert [ledger.pool[block].stamp for block in handoff.blocks] == [before[0], before[1] + 1]
+
+
 def test_what_prefill_filled_survives_its_end_once_it_has_sealed() -> None:
     ledger = ledger_of()
     handoff = sealed(ledger, [1, 2, 3])
     assert handoff not in ledger.handoffs_of(PREFILL)
     ledger.lose_writer(PREFILL)
-    ledger.writer_stopped(PREFILL)
+    ledger.member_stopped(PREFILL)
     assert counts(ledger) == {"free": 6, "committed": 1, "granted": 1}
     ledger.claim("h1", 1, DECODE)
     assert ledger.pool.is_granted(handoff.blocks[1], DECODE)
@@ -248,21 +261,46 @@ def test_decode_may_read_what_is_final_and_all_of_it_once_claimed() -> None:
     ledger = ledger_of()
     handoff = filling(ledger, [1, 2, 3])
     commit(ledger, handoff)
-    ledger.check_reader("h1", 1, DECODE, handoff.blocks[:1])
-    with pytest.raises(StaleError, match="does not hold"):
-        ledger.check_reader("h1", 1, DECODE, handoff.blocks)
+    assert handoff.readable(DECODE, [0]) == handoff.blocks[:1]
+    assert handoff.readable(DECODE, []) == []
+    for indexes in ([1], [0, 1], [5]):
+        with pytest.raises(StaleError, match="does not hold"):
+            handoff.readable(DECODE, indexes)
     ledger.seal("h1", 1, PREFILL, finished=False)
     ledger.claim("h1", 1, DECODE)
-    ledger.check_reader("h1", 1, DECODE, handoff.blocks)
-    with pytest.raises(StaleError, match="not a worker"):
-        ledger.check_reader("h1", 1, "another", handoff.blocks[:1])
+    assert handoff.readable(DECODE, [1, 0]) == handoff.blocks[::-1]
+    assert handoff.readable(PREFILL, [0]) == handoff.blocks[:1]
+    for member, indexes, reason in (
+        (PREFILL, [1], "does not hold"),
+        (DECODE, [2], "does not hold"),
+        ("another", [0], "not a worker"),
+    ):
+        with pytest.raises(StaleError, match=reason):
+            handoff.readable(member, indexes)
+
+
+def test_bytes_of_a_handoff_that_is_over_are_not_to_be_had() -> None:
+    ledger = ledger_of()
+    handoff = claimed(ledger, [1, 2, 3])
+    assert ledger.find("h1", 1) is handoff
+    ledger.abort("h1", is_fenced=False)
+    with pytest.raises(StaleError, match="over"):
+        ledger.find("h1", 1)
+
+
+def test_a_digest_is_bound_to_the_key_of_its_block_or_else_of_its_parent() -> None:
+    ledger = ledger_of()
+    keys = prompt_keys(ROOT, [1, 2, 3, 4], 2)
+    handoff = opened(ledger, [1, 2, 3, 4, 5])
+    assert [handoff.key_of(index) for index in range(3)] == [*keys, keys[-1]]
+    assert opened(ledger, [1]).key_of(0) == ROOT
 
 
 def test_a_writer_may_write_what_is_not_final_yet() -> None:
     ledger = ledger_of()
     handoff = filling(ledger, [1, 2, 3])
     commit(ledger, handoff)
-    ledger.check_writer("h1", 1, PREFILL, handoff.blocks[1:])
+    handoff.check_writer(ledger.pool, PREFILL, handoff.blocks[1:])
     for blocks in (handoff.blocks, [7], [-1], [99]):
         with pytest.raises(StaleError, match="is not the sender's"):
-            ledger.check_writer("h1", 1, PREFILL, blocks)
+            handoff.check_writer(ledger.pool, PREFILL, blocks)

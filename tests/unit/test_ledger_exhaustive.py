@@ -80,19 +80,19 @@ def state_of(world: LedgerWorld) -> Hashable:
     """All that decides what can happen next, with blocks by place, since any is as good as any."""
     ledger, pool = world.ledger, world.ledger.pool
     handoffs = [ledger.handoffs[each] for each in sorted(ledger.handoffs)]
-    named = [block for handoff in handoffs for block in handoff.blocks] + list(pool._cached)
+    named = [block for handoff in handoffs for block in handoff.blocks] + pool.coldest(NUM_BLOCKS)
     places = {block: place for place, block in enumerate(dict.fromkeys(named))}
     unnamed = [pool[block] for block in range(NUM_BLOCKS) if block not in places]
     return (
         tuple(
             (
                 handoff.handoff_id, handoff.epoch, handoff.state, handoff.writer,
-                handoff.num_committed, handoff.num_reserved, len(handoff.keys),
+                handoff.num_committed, handoff.num_reserved, len(handoff.keys), handoff.is_fenced,
                 tuple(places[block] for block in handoff.blocks),
             )
             for handoff in handoffs
         ),
-        tuple((pool[block].state, pool[block].writer, pool[block].key) for block in places),
+        tuple((pool[block].state, pool[block].writer, pool[block].name) for block in places),
         frozenset(Counter((block.state, block.writer) for block in unnamed).items()),
         tuple(handoff.handoff_id for handoff in ledger._waiting),
         frozenset(world.alive),

@@ -14,7 +14,8 @@ from hypothesis.stateful import (
 )
 
 from common.messages import Commit
-from services.kvstore.handoff import Handoff
+from services.kvstore.handoff import Handoff, HandoffState
+from tests.unit.ledger_wire import WireWorld
 from tests.unit.ledger_world import LedgerWorld
 
 MEMBERS = ["gateway-1", "gateway-2", "prefill-1", "prefill-2", "decode-1", "decode-2"]
@@ -30,9 +31,11 @@ PROMPTS = st.tuples(st.sampled_from([5, 6]), st.integers(1, 9), st.booleans()).m
 class LedgerMachine(RuleBasedStateMachine):
     """Steps that are due come often, strange ones now and then; none may break the books."""
 
+    make_world: type[LedgerWorld] = LedgerWorld
+
     @initialize(num_blocks=st.integers(3, 12), growth_blocks=st.integers(1, 2))
     def begin(self, num_blocks: int, growth_blocks: int) -> None:
-        self.world = LedgerWorld(num_blocks, MEMBERS, growth_blocks=growth_blocks)
+        self.world = self.make_world(num_blocks, MEMBERS, growth_blocks=growth_blocks)
         self.num_losses = 0
 
     def one(self, role: str, number: int) -> str:
@@ -96,6 +99,28 @@ class LedgerMachine(RuleBasedStateMachine):
         handoff = self.handoff(number)
         self.world.suspend(handoff.decode_id, handoff.handoff_id, num_more)
 
+    def is_ending(self) -> bool:
+        return any(
+            each.state is HandoffState.ABORTING for each in self.world.ledger.handoffs.values()
+        )
+
+    @precondition(is_ending)
+    @rule(number=NUMBERS)
+    def fence(self, number: int) -> None:
+        """A gateway says that it takes no more of what was aborted."""
+        handoffs = self.world.ledger.handoffs.values()
+        ending = [each for each in handoffs if each.state is HandoffState.ABORTING]
+        handoff = ending[number % len(ending)]
+        self.world.abort(handoff.gateway_id, handoff.handoff_id)
+
+    @precondition(has_handoffs)
+    @rule(number=NUMBERS, by_decode=st.booleans(), indexes=st.lists(st.integers(0, 2), max_size=2))
+    def discard(self, number: int, by_decode: bool, indexes: list[int]) -> None:
+        """A worker has got bytes that are not right."""
+        handoff = self.handoff(number)
+        worker = handoff.decode_id if by_decode else handoff.prefill_id
+        self.world.discard(worker, handoff.handoff_id, indexes)
+
     # ---- what is not ----------------------------------------------------------------------------
 
     @rule(gateway=NUMBERS, prefill=NUMBERS, decode=NUMBERS, tokens=PROMPTS)
@@ -120,6 +145,12 @@ class LedgerMachine(RuleBasedStateMachine):
         handoff = self.handoff(number)
         member = handoff.decode_id if sender is None else self.one("prefill decode", sender)
         getattr(self.world, step)(member, handoff.handoff_id, epoch_shift=shift)
+
+    @precondition(has_handoffs)
+    @rule(number=NUMBERS, sender=NUMBERS, indexes=st.lists(st.integers(0, 9)), shift=SHIFTS)
+    def discard_anything(self, number: int, sender: int, indexes: list[int], shift: int) -> None:
+        member = self.one("prefill decode", sender)
+        self.world.discard(member, self.handoff(number).handoff_id, indexes, epoch_shift=shift)
 
     @rule(sender=NUMBERS, blocks=st.lists(st.integers(-2, 13), max_size=4))
     def give_back_any_blocks(self, sender: int, blocks: list[int]) -> None:
@@ -187,6 +218,34 @@ class LedgerMachine(RuleBasedStateMachine):
             self.world.end()
 
 
+class WireMachine(LedgerMachine):
+    """The same over a network that loses, repeats and delays: order is kept by numbers."""
+
+    make_world = WireWorld
+
+    @property
+    def wire(self) -> WireWorld:
+        assert isinstance(self.world, WireWorld)
+        return self.world
+
+    @rule(fates=st.lists(st.sampled_from(["", "late", "late", "lost"]), min_size=1, max_size=3))
+    def disturb(self, fates: list[str]) -> None:
+        """The next messages do not come as they were sent."""
+        self.wire.fates.extend(fates)
+
+    @precondition(lambda self: self.wire.late)
+    @rule(number=NUMBERS)
+    def arrive_late(self, number: int) -> None:
+        self.wire.arrive(self.wire.late.pop(number % len(self.wire.late)))
+
+    @precondition(lambda self: self.wire.sent)
+    @rule(number=NUMBERS, back=st.integers(0, 30))
+    def arrive_again(self, number: int, back: int) -> None:
+        """One of the last, or any before."""
+        sent = self.wire.sent
+        self.wire.arrive(sent[-1 - number % len(sent)] if back else sent[number % len(sent)])
+
+
 LedgerMachine.TestCase.settings = settings(
     max_examples=500,
     stateful_step_count=40,
@@ -194,5 +253,7 @@ LedgerMachine.TestCase.settings = settings(
     derandomize=True,
     report_multiple_bugs=False,
 )
+WireMachine.TestCase.settings = settings(LedgerMachine.TestCase.settings, max_examples=300)
 # Only a failure takes long: it is reduced to the shortest history that shows it.
 TestAnyMessagesInAnyOrder = pytest.mark.timeout(400)(LedgerMachine.TestCase)
+TestMessagesLostAndLateAndAgain = pytest.mark.timeout(400)(WireMachine.TestCase)

@@ -40,7 +40,7 @@ def test_every_place_holds_its_blocks_and_begins_at_a_page_and_at_a_block(
     block_bytes: int, num_blocks: list[int]
 ) -> None:
     disk = FakeDisk()
-    memory = WorkerMemory(disk, block_bytes, num_blocks)
+    memory = WorkerMemory(disk, block_bytes, max(num_blocks), len(num_blocks))
     for store, count in enumerate(num_blocks):
         memory.map(store, f"arena-{store}")
         place = memory.place(store)
@@ -58,10 +58,10 @@ def test_every_place_holds_its_blocks_and_begins_at_a_page_and_at_a_block(
 
 @pytest.mark.parametrize(
     ("block_bytes", "num_blocks", "place_bytes"),
-    [(4096, [3], 3 * 4096), (2048, [3], 2 * 4096), (6000, [1], 1536000), (4096, [2, 5], 5 * 4096)],
+    [(4096, 3, 3 * 4096), (2048, 3, 2 * 4096), (6000, 1, 1536000)],
 )
-def test_a_place_is_as_large_as_the_largest_arena_needs(
-    block_bytes: int, num_blocks: list[int], place_bytes: int
+def test_a_place_is_as_large_as_its_blocks_and_pages_need(
+    block_bytes: int, num_blocks: int, place_bytes: int
 ) -> None:
-    memory = WorkerMemory(FakeDisk(), block_bytes, num_blocks)
+    memory = WorkerMemory(FakeDisk(), block_bytes, num_blocks, 2)
     assert memory.place(0).nbytes == place_bytes

@@ -72,5 +72,5 @@ def test_min_tokens_must_not_exceed_max_tokens() -> None:
 
 
 def test_the_client_takes_exactly_these_parameters_as_options() -> None:
-    prompt = {"token_ids", "messages", "model", "stop", "deadline_s"}
+    prompt = {"token_ids", "messages", "model", "stop", "deadline_s", "cache_salt"}
     assert set(RequestOptions.__annotations__) - prompt == set(SamplingParams.__struct_fields__)

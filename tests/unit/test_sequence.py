@@ -12,9 +12,8 @@ from common.kv.hashing import prompt_keys
 from common.messages import Granted
 from common.worker.sequence import plan_chunks
 from kvbaton.sampling import SamplingParams
-from tests.unit.sequences import sequence_of
+from tests.unit.sequences import ROOT, sequence_of
 
-ROOT = b"root"
 INFO = ModelInfo(
     fingerprint="f", max_model_len=10, vocab_size=100, eos_token_ids=(2, 3), layout=MOCK_LAYOUT
 )
@@ -25,7 +24,6 @@ def table_of(num_blocks: int, num_committed: int, keys: list[bytes]) -> Granted:
         blocks=list(range(20, 20 + num_blocks)),
         num_committed=num_committed,
         num_keys=len(keys),
-        last_key=keys[-1] if keys else ROOT,
     )
 
 
@@ -34,16 +32,16 @@ def table_of(num_blocks: int, num_committed: int, keys: list[bytes]) -> Granted:
 
 def test_committed_blocks_count_as_computed() -> None:
     sequence = sequence_of(7)
-    sequence.granted(table_of(4, 2, prompt_keys(ROOT, sequence.tokens, 2)), 2)
+    sequence.granted(table_of(4, 2, prompt_keys(ROOT, sequence.tokens, 2)))
     assert sequence.blocks == [20, 21, 22, 23]
     assert (sequence.num_computed, sequence.num_uncomputed) == (4, 3)
 
 
 def test_the_last_token_is_never_taken_for_computed() -> None:
     sequence = sequence_of(4)
-    sequence.granted(table_of(2, 2, prompt_keys(ROOT, sequence.tokens, 2)), 2)
+    sequence.granted(table_of(2, 2, prompt_keys(ROOT, sequence.tokens, 2)))
     assert (sequence.num_computed, sequence.num_uncomputed) == (3, 1)
-    assert sequence.new_blocks(2) == (2, [], [])
+    assert sequence.new_blocks() == (2, [], [])
 
 
 def test_a_claimed_sequence_goes_on_after_the_first_token() -> None:
@@ -63,7 +61,7 @@ def test_work_samples_only_when_it_reaches_the_last_token() -> None:
 
 def test_blocks_are_found_in_the_place_of_their_store() -> None:
     sequence = sequence_of(3, first_slot=100)
-    sequence.granted(table_of(2, 0, []), 2)
+    sequence.granted(table_of(2, 0, []))
     sequence.grow(7)
     assert sequence.blocks == [20, 21, 7]
     assert sequence.work(3).slots == [120, 121, 107]
@@ -74,24 +72,23 @@ def test_blocks_are_found_in_the_place_of_their_store() -> None:
 
 def test_full_blocks_are_told_once_and_without_keys_that_are_known() -> None:
     sequence = sequence_of(5)
-    sequence.granted(table_of(3, 0, prompt_keys(ROOT, sequence.tokens, 2)), 2)
+    sequence.granted(table_of(3, 0, prompt_keys(ROOT, sequence.tokens, 2)))
     sequence.num_computed = 3
-    assert sequence.new_blocks(2) == (0, [20], [])
-    assert sequence.new_blocks(2) == (1, [], [])
+    assert sequence.new_blocks() == (0, [20], [])
+    assert sequence.new_blocks() == (1, [], [])
     sequence.num_computed = 5
-    assert sequence.new_blocks(2) == (1, [21], [])
+    assert sequence.new_blocks() == (1, [21], [])
 
 
 def test_blocks_past_the_known_keys_come_with_keys_of_their_own() -> None:
     sequence = sequence_of(3)
-    sequence.granted(table_of(1, 0, prompt_keys(ROOT, sequence.tokens, 2)), 2)
+    sequence.granted(table_of(1, 0, prompt_keys(ROOT, sequence.tokens, 2)))
     sequence.blocks += [30, 31]
     sequence.tokens += [13, 14, 15]
     sequence.num_computed = 6
     keys = prompt_keys(ROOT, sequence.tokens, 2)
-    assert sequence.new_blocks(2) == (0, [20], [])
-    assert sequence.new_blocks(2) == (1, [30, 31], keys[1:])
-    assert sequence.last_key == keys[-1]
+    assert sequence.new_blocks() == (0, [20], [])
+    assert sequence.new_blocks() == (1, [30, 31], keys[1:])
 
 
 @given(st.integers(1, 12), st.integers(0, 12), st.lists(st.integers(1, 4), max_size=8), st.data())
@@ -103,12 +100,12 @@ def test_however_it_is_computed_the_keys_are_those_of_all_tokens(
     keys = prompt_keys(ROOT, sequence.tokens, 2)
     known = keys[: data.draw(st.integers(0, len(keys)))]
     num_cached = data.draw(st.integers(0, min(len(known), (len(sequence.tokens) - 1) // 2)))
-    sequence.granted(table_of(len(keys) + 1, num_cached, known), 2)
+    sequence.granted(table_of(len(keys) + 1, num_cached, known))
     told = known[:num_cached]
     for chunk in [*chunks, 100]:
         sequence.num_computed = min(sequence.num_computed + chunk, len(sequence.tokens))
         while True:
-            first, blocks, own = sequence.new_blocks(2)
+            first, blocks, own = sequence.new_blocks()
             if not blocks:
                 break
             assert first == len(told)
@@ -117,6 +114,22 @@ def test_however_it_is_computed_the_keys_are_those_of_all_tokens(
             told += own or known[first : first + len(blocks)]
     assert told == keys
     assert sequence.num_committed == len(keys)
+
+
+def test_digests_are_bound_to_keys_that_both_ends_know() -> None:
+    sequence = sequence_of(5)
+    first, second = prompt_keys(ROOT, sequence.tokens, 2)
+    assert sequence.pieces(0, [20, 21, 22], []) == [
+        (0, 20, first),
+        (1, 21, second),
+        (2, 22, second),
+    ]
+    sequence.tokens += [15]
+    assert sequence.pieces(2, [22], [b"mine"]) == [(2, 22, b"mine")]
+    assert sequence.digest_key(2) == second  # the store has not heard of the third
+    sequence.granted(table_of(3, 3, prompt_keys(ROOT, sequence.tokens, 2)))
+    assert sequence.digest_key(2) == prompt_keys(ROOT, sequence.tokens, 2)[2]
+    assert sequence_of(1).pieces(0, [20], []) == [(0, 20, ROOT)]
 
 
 # ---- the end ------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvbaton.admin import HandoffAudit, HistoryEvent, MemberAudit, StoreAudit, StoreHistory
 from kvbaton.protocol import (
+    Audit,
+    Audited,
     Cancel,
     ChatMessage,
     ClientMessage,
@@ -18,8 +21,10 @@ from kvbaton.protocol import (
     Timings,
     Token,
     Tokens,
+    Told,
     Usage,
     Welcome,
+    Why,
 )
 from kvbaton.sampling import SamplingParams
 
@@ -59,6 +64,9 @@ CLIENT_MESSAGES: dict[str, ClientMessage] = {
     ),
     "cancel": Cancel(id=1),
     "ping": Ping(),
+    "audit": Audit(id=2, admin_key="a key of 16 chars"),
+    "why_block": Why(id=3, admin_key="a key of 16 chars", block=17, store=1),
+    "why_request": Why(id=3, admin_key="a key of 16 chars", name="chatcmpl-0123abcd"),
 }
 
 GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
@@ -96,6 +104,74 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
             decode_worker="decode.1",
         ),
     ),
+    "done_request_id": Done(
+        id=1,
+        finish_reason="length",
+        usage=Usage(num_prompt_tokens=3, num_output_tokens=2, num_cached_tokens=0),
+        timings=Timings(),
+        request_id="0123456789abcdef0123456789abcdef",
+    ),
+    "audited": Audited(
+        id=2,
+        closes=True,
+        stores=[StoreAudit(endpoint="tcp://127.0.0.1:5570", num_blocks=8, blocks={"free": 8})],
+    ),
+    "audited_differs": Audited(
+        id=2,
+        closes=False,
+        stores=[
+            StoreAudit(
+                store=1,
+                endpoint="tcp://127.0.0.1:5570",
+                num_blocks=8,
+                blocks={"free": 5, "granted": 1, "committed": 0, "cached": 1, "quarantined": 1},
+                handoffs={"aborting": 1},
+                members=[
+                    MemberAudit(
+                        member_id="0123456789abcdef0123456789abcdef",
+                        name="decode.1",
+                        role="decode",
+                        num_leased=1,
+                        num_quarantined=1,
+                        quarantined=[7],
+                        answer="differs",
+                        waits_for="decode.1 must end its step",
+                    )
+                ],
+                oldest_handoffs=[
+                    HandoffAudit(
+                        handoff_id="fedcba9876543210fedcba9876543210",
+                        request_id="0123abcd",
+                        state="aborting",
+                        age_s=0.5,
+                        holder="decode.1",
+                        waits_for="decode.1 to quit or end",
+                    )
+                ],
+                discrepancies=["decode.1: it holds block 3 in 2 places"],
+            ),
+            StoreAudit(problem="it cannot be reached"),
+        ],
+    ),
+    "told": Told(
+        id=3,
+        stores=[
+            StoreHistory(
+                now="free, stamp 4",
+                events=[
+                    HistoryEvent(
+                        age_s=1.5,
+                        event="handoff_filled",
+                        handoff_id="fedcba9876543210fedcba9876543210",
+                        request_id="0123abcd",
+                        member="prefill.1",
+                        num_blocks=2,
+                        blocks=[(17, 4), (18, 2)],
+                    )
+                ],
+            )
+        ],
+    ),
     "pong": Pong(instance_id="0123456789abcdef0123456789abcdef"),
     "error": Error(
         id=1,
@@ -108,6 +184,12 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
     ),
     "error_cancelled": Error(id=1, code="cancelled", message="the request was cancelled"),
     "error_hello_required": Error(id=1, code="hello_required", message="say hello first"),
+    "error_forbidden": Error(
+        id=2,
+        code="forbidden",
+        message="this is not the gateway's admin key",
+        field="admin_key",
+    ),
     "error_no_id": Error(code="protocol_error", message="a message is one frame, got 2"),
 }
 

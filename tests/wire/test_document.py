@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvbaton import codec, errors, protocol, sampling
+from kvbaton import admin, codec, errors, protocol, sampling
 from tests.wire.golden import golden_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,23 @@ RECORDS: dict[str, type[msgspec.Struct]] = {
     "`timings`, in milliseconds": protocol.Timings,
     "### `error`": protocol.Error,
     "### `pong`": protocol.Pong,
+    "### `audit`": protocol.Audit,
+    "### `why`": protocol.Why,
+    "### `audited`": protocol.Audited,
+    "### `told`": protocol.Told,
+    "The audit of a store:": admin.StoreAudit,
+    "A member:": admin.MemberAudit,
+    "A handoff:": admin.HandoffAudit,
+    "The history of a store:": admin.StoreHistory,
+    "An event:": admin.HistoryEvent,
 }
-LITERALS = {"nil": None, "`{}`": sampling.SamplingParams(), "`true`": True, "`false`": False}
+LITERALS: dict[str, object] = {
+    "nil": None,
+    "empty": {},
+    "`{}`": sampling.SamplingParams(),
+    "`true`": True,
+    "`false`": False,
+}
 
 
 def first_table(after: str) -> list[list[str]]:
@@ -83,8 +98,8 @@ def test_the_examples_are_the_golden_bytes(name: str, lines: str) -> None:
 def test_the_example_shows_every_kind_of_message() -> None:
     shown = {name.partition("_")[0] for name, _ in EXAMPLES}
     assert shown == {
-        *("hello", "generate", "cancel", "ping"),
-        *("welcome", "tokens", "done", "error", "pong"),
+        *("hello", "generate", "cancel", "ping", "audit", "why"),
+        *("welcome", "tokens", "done", "error", "pong", "audited", "told"),
     }
 
 
@@ -100,6 +115,10 @@ def test_the_limits_in_the_text_are_the_limits_in_the_code() -> None:
         f"every {protocol.PING_INTERVAL_S:g} seconds",
         f"for {protocol.CLIENT_TIMEOUT_S:g} seconds",
         f"at most {sampling.MAX_STOP_TOKEN_IDS}; each ends",
+        f"at most {admin.MAX_ROWS} elements",
+        f"the last {admin.MAX_EVENTS} at most",
+        f"of the first {admin.MAX_EVENT_BLOCKS};",
+        f"at most {admin.MAX_ID_CHARS} characters",
         f"0 to {sampling.MAX_TOP_LOGPROBS}: log probabilities",
     ):
         assert said in DOCUMENT

@@ -41,6 +41,7 @@ class Job:
     sampling: SamplingParams
     stop: Sequence[str]
     skip_special_tokens: bool
+    cache_salt: str
     received_at: float
 
 
@@ -96,16 +97,21 @@ class Choices:
             sampling = msgspec.structs.replace(sampling, seed=self._rng.new_seed())
         for choice in range(job.n):
             request = GenerationRequest(
-                request_id=self._rng.new_id(),
+                request_id=self._request_id(),
                 prompt=prompt,
                 sampling=sampling,
                 choice=choice,
-                metadata={"http_request_id": job.request_id},
+                cache_salt=job.cache_salt,
             )
             stream = self._backend.submit(request)
             detokenizer = self._model.detokenizer(skip_special_tokens=job.skip_special_tokens)
             generation = Generation(stream, detokenizer, job.stop, min_tokens=sampling.min_tokens)
             self._generations.append(generation)
+
+    def _request_id(self) -> str:
+        """The next choice's own: the first goes by the id that the client sees."""
+        number = len(self._generations)
+        return f"{self._job.request_id}#{number}" if number else self._job.request_id
 
     def __aiter__(self) -> Choices:
         return self

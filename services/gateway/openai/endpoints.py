@@ -15,7 +15,7 @@ from common.seams import Clock, Rng
 from kvbaton.errors import InvalidRequestError, NotFoundError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import Backend
-from services.gateway.generation import check_prompt, check_stop, tokenize
+from services.gateway.generation import check_cache_salt, check_prompt, check_stop, tokenize
 from services.gateway.openai import schema
 from services.gateway.openai.answer import Answer, View
 from services.gateway.openai.body import BodyReader
@@ -192,6 +192,7 @@ class Endpoints:
             sampling=sampling,
             stop=schema.stop_strings(fields),
             skip_special_tokens=_first(fields.skip_special_tokens, True),
+            cache_salt=check_cache_salt(fields.cache_salt),
             received_at=received_at,
         )
 

@@ -50,6 +50,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, frozen=True):
     ignore_eos: bool | None = None
     add_special_tokens: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: str | None = None
 
 
 class CompletionRequest(GenerationFields, kw_only=True, frozen=True):

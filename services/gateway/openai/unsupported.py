@@ -23,7 +23,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": _EMPTY,
     "bad_words": _EMPTY,
     "best_of": (None, 1),
-    "cache_salt": _EMPTY,
     "custom_params": _EMPTY,
     "ebnf": _EMPTY,
     "echo": _OFF,

@@ -1,0 +1,24 @@
+"""Settings of a KV store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import setting
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Settings of a KV store."""
+
+    name: str = setting("kvstore.1", "name shown to people")
+    bind: str = setting("tcp://127.0.0.1:5570", "where everyone reaches the store")
+    data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
+    kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
+    arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
+    prefix_cache: bool = setting(True, "whether prompts reuse the blocks of earlier ones")
+    disk_dir: str = setting("", "folder for blocks evicted from memory; none unless given")
+    disk_bytes: int = setting(4 << 30, "most bytes to keep on disk, e.g. 20G", low=1)
+    heartbeat_s: float = setting(2.0, "interval of heartbeats", low=0.01)
+    lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
+    log_level: str = setting("info", "log level", choices="debug info warning error")

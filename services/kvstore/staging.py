@@ -1,0 +1,74 @@
+"""The blocks that the disk has in hand: those it is writing, and those it is loading into. Pure.
+
+They have an owner like all others, so that the ledger's counts close while a disk is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from services.kvstore.blocks import BlockName, BlockPool
+
+WRITER = "disk"
+_WINDOW_SHARE = 8  # what is to be evicted soon: one block in so many
+_LEAST_WINDOW, _MOST_WINDOW = 64, 256
+
+
+class Staging:
+    """Takes blocks from the pool for the disk, and gives them back.
+
+    The `window` coldest of the cached blocks are those that are expected to be evicted soon.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.window = min(max(_LEAST_WINDOW, pool.num_blocks // _WINDOW_SHARE), _MOST_WINDOW)
+        self.writing: dict[int, None] = {}  # pinned
+        self._pool = pool
+        self._num_loading = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the disk is reading or writing memory."""
+        return bool(self.writing or self._num_loading)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether memory is so full that cached blocks will be evicted soon."""
+        return self._pool.num_free < self.window
+
+    def take_cold(
+        self, most: int, is_stored: Callable[[bytes], bool]
+    ) -> list[tuple[int, BlockName]]:
+        """Pin up to `most` of the blocks that are to be evicted soon and are not on the disk."""
+        taken: list[tuple[int, BlockName]] = []
+        for block_id in self._pool.coldest(self.window):
+            name = self._pool[block_id].name
+            assert name is not None
+            if len(taken) < most and not is_stored(name.key):
+                taken.append((block_id, name))
+        blocks = [block_id for block_id, _ in taken]
+        self._pool.pin(blocks)
+        self.writing.update(dict.fromkeys(blocks))
+        return taken
+
+    def written(self, blocks: Sequence[int]) -> None:
+        """The disk reads these no more: they are the first to be evicted."""
+        for block_id in blocks:
+            del self.writing[block_id]
+        self._pool.unpin(blocks, cold=True)
+
+    def take_free(self, count: int) -> list[int]:
+        """Blocks to load into; the caller has checked that there is room."""
+        self._num_loading += count
+        return self._pool.grant(count, WRITER)
+
+    def loaded(self, blocks: Sequence[int], names: Sequence[BlockName | None]) -> None:
+        """What came from the disk is cache from now on; what did not come (None) is free."""
+        self._num_loading -= len(blocks)
+        final = [block_id for block_id, name in zip(blocks, names, strict=True) if name is not None]
+        for block_id, name in zip(blocks, names, strict=True):
+            if name is None:
+                self._pool.free([block_id])
+            else:
+                self._pool.commit(block_id, name)
+        self._pool.unpin(final)

@@ -1,0 +1,170 @@
+"""Moves blocks between memory and disk: written before they are evicted, loaded before they are
+needed.
+
+While memory is short the coldest cached blocks go to the disk, so that evicting them costs nothing
+then. A prompt whose next blocks are on the disk has them loaded before it stands in line for room,
+if that is sooner than computing them. Without its disk the store serves on, from memory alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from common.config import StartError
+from common.service import Tasks
+from services.kvstore.blocks import BlockName
+from services.kvstore.disk.format import Meta
+from services.kvstore.disk.tier import DiskTier
+from services.kvstore.handoff import Handoff
+from services.kvstore.ledger import Ledger
+from services.kvstore.notes import Notes
+from services.kvstore.staging import WRITER
+
+log = structlog.get_logger()
+
+_BATCH_BYTES = 8 << 20  # written or loaded at once
+_BATCH_SHARE = 16  # and no more than one block in so many: a slow disk must not hold the memory
+
+
+class Tiering:
+    """One ledger's blocks and one disk.
+
+    `prefill_rate()` is in tokens per second, 0 if not known. `prepared(handoff_id)` is called when
+    a handoff that waited for the disk has waited enough.
+    """
+
+    def __init__(
+        self,
+        tier: DiskTier,
+        ledger: Ledger,
+        arena: memoryview,
+        block_bytes: int,
+        *,
+        notes: Notes,
+        tasks: Tasks,
+        prefill_rate: Callable[[], float],
+        prepared: Callable[[str], None],
+    ) -> None:
+        self.tier = tier
+        self._ledger = ledger
+        self._arena = arena
+        self._block_bytes = block_bytes
+        at_most = max(1, ledger.pool.num_blocks // _BATCH_SHARE)
+        self._batch = min(max(1, _BATCH_BYTES // block_bytes), at_most)
+        self._notes = notes
+        # All that is to be evicted soon must fit on the disk at once, or it would write for ever.
+        ledger.staging.window = min(ledger.staging.window, max(1, tier.num_safe // 2))
+        self._prefill_rate = prefill_rate
+        self._prepared = prepared
+        self._is_open = False
+        self._news = asyncio.Event()
+        self._loading = asyncio.Lock()  # one prompt at a time: the disk is one
+        self._num_indexed = 0  # the pool's when there was nothing to write
+        self._tasks = tasks
+        self._task = tasks.spawn(self._run(), "disk")
+
+    def stop(self) -> None:
+        """Begin no more work. What is under way ends by itself."""
+        self._is_open = False
+        self._task.cancel()
+
+    # ---- writing ------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Blocks have changed: there may be some to write. Cheap, for after every message."""
+        pool = self._ledger.pool
+        if pool.num_indexed != self._num_indexed and self._ledger.staging.is_due:
+            self._news.set()
+
+    async def _run(self) -> None:
+        try:
+            await self.tier.open()
+        except StartError as error:
+            log.error("disk_tier_unusable", reason=str(error))
+            return
+        self._is_open = True
+        while True:
+            if not await self._write_cold():
+                self._news.clear()
+                await self._news.wait()
+
+    async def _write_cold(self) -> bool:
+        """Write a batch of the blocks that will be evicted soon. False if there is none, or the
+        disk takes none."""
+        staging, pool = self._ledger.staging, self._ledger.pool
+        self._num_indexed = pool.num_indexed
+        most = min(self._batch, self._ledger.room)
+        if self.tier.is_paused or not staging.is_due or most < 1:
+            return False
+        taken = staging.take_cold(most, self.tier.is_safe)
+        if not taken:
+            return False
+        try:
+            return await self.tier.store(
+                [(Meta(*name), self._bytes(block_id)) for block_id, name in taken]
+            )
+        finally:
+            blocks = [block_id for block_id, _ in taken]
+            self._notes.blocks("blocks_stored", blocks)
+            staging.written(blocks)
+            self._prepared("")  # who waits for room may have it now
+
+    # ---- loading ------------------------------------------------------------------------------
+
+    def load_first(self, handoff: Handoff) -> bool:
+        """Whether the handoff had better wait for blocks from the disk; `prepared` tells when."""
+        if not self._is_open or not self._worth_loading(handoff):
+            return False
+        self._tasks.spawn(self._load(handoff), "load")
+        return True
+
+    def _worth_loading(self, handoff: Handoff) -> list[bytes]:
+        """The keys to load: of the run of the prompt's blocks that is in memory or on the disk,
+        those that are not in memory."""
+        pool = self._ledger.pool
+        missing: list[bytes] = []
+        for key in self._ledger.usable_keys(handoff):
+            if pool.find(key) is None:
+                if key not in self.tier:
+                    break
+                missing.append(key)
+        del missing[max(0, self._ledger.room) :]
+        block_size = self._ledger.block_size
+        if missing and self.tier.is_worth_loading(len(missing), block_size, self._prefill_rate()):
+            return missing
+        return []
+
+    async def _load(self, handoff: Handoff) -> None:
+        try:
+            async with self._loading:
+                # Others may have loaded the same meanwhile, or room may be gone.
+                while handoff.handoff_id in self._ledger.handoffs:
+                    keys = self._worth_loading(handoff)[: self._batch]
+                    if not keys or not await self._load_batch(keys):
+                        break
+        finally:
+            self._prepared(handoff.handoff_id)
+
+    async def _load_batch(self, keys: list[bytes]) -> bool:
+        """Load these blocks. False if one could not be: what follows it would not be found."""
+        staging = self._ledger.staging
+        num_evicted = self._ledger.pool.num_evicted
+        blocks = staging.take_free(len(keys))
+        num_evicted = self._ledger.pool.num_evicted - num_evicted
+        self._notes.granted("blocks_lent", blocks, num_evicted, WRITER)
+        names: list[BlockName | None] = [None] * len(keys)
+        try:
+            metas = await self.tier.load(
+                [(key, self._bytes(block)) for key, block in zip(keys, blocks, strict=True)]
+            )
+            names = [BlockName(m.key, m.parent, m.tenant) if m else None for m in metas]
+        finally:
+            staging.loaded(blocks, names)
+            self._notes.blocks("blocks_loaded", blocks)
+        return None not in names
+
+    def _bytes(self, block: int) -> memoryview:
+        return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
