@@ -1,0 +1,51 @@
+"""Bugs planted in the services' own code: the simulation must catch each, and nothing without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests.sim.planted import BUGS, Catcher
+from tests.sim.scenario import run_seed
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Services that are broken complain at length."""
+    former = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**former)
+
+
+def is_caught(catcher: Catcher) -> bool:
+    if isinstance(catcher, int):
+        return bool(run_seed(catcher).broken)
+    try:
+        catcher()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name: str) -> None:
+    catcher, planted = BUGS[name]
+    with planted():
+        assert is_caught(catcher)
+    assert not is_caught(catcher)
+
+
+def test_the_document_lists_every_bug_with_who_catches_it() -> None:
+    rows = [line.split("|") for line in DOCUMENT.read_text().splitlines() if line.count("|") == 4]
+    listed = {row[1].strip(): row[3].strip() for row in rows[2:]}
+    assert sorted(listed) == sorted(BUGS)
+    for name, (catcher, _) in BUGS.items():
+        who = f"seed {catcher}" if isinstance(catcher, int) else "scenario"
+        assert listed[name].split(";")[0] == who
