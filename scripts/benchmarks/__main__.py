@@ -14,8 +14,10 @@ from pathlib import Path
 CASES = {
     "colocated": "how to use all cores of a small machine",
     "engine": "decode step against what memory and products allow; prefill",
+    "eviction": "which cached blocks to keep: hit rates of a trace, alone and amid a flood",
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",
+    "store": "handoffs, lookups and bytes a second of a KV store on one core",
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -44,18 +45,34 @@ def pin(core: int | None) -> int:
     return chosen
 
 
-def alternate(parts: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
-    """Seconds of each part in each round; every other round runs them in the opposite order.
+def collect(parts: Sequence[Callable[[], Mapping[K, float]]], rounds: int) -> dict[K, list[float]]:
+    """The figures that the parts find, in each round; every other round runs them in the opposite
+    order.
 
     A slow phase of the machine so falls on all parts. One more round comes first and is not kept.
     """
-    seconds: dict[K, list[float]] = {name: [] for name in parts}
+    found: dict[K, list[float]] = {}
     for number in range(rounds + 1):
-        order = list(parts) if number % 2 == 0 else list(parts)[::-1]
-        for name in order:
-            begun = time.perf_counter()
-            parts[name]()
-            elapsed = time.perf_counter() - begun
+        for part in parts if number % 2 == 0 else parts[::-1]:
+            figures = part()
             if number:
-                seconds[name].append(elapsed)
-    return seconds
+                for name, value in figures.items():
+                    found.setdefault(name, []).append(value)
+    return found
+
+
+def alternate(parts: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
+    """Seconds of each part in each round, as `collect` runs them."""
+    return collect([partial(timed, *part) for part in parts.items()], rounds)
+
+
+def timed(name: K, work: Callable[[], object]) -> dict[K, float]:
+    """Seconds that the work takes, by its name."""
+    return {name: seconds_of(work)}
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun

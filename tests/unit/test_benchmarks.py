@@ -1,0 +1,66 @@
+"""What the benchmarks measure is what they say; how fast it is, no test says."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.benchmarks.measure import alternate, collect
+from scripts.benchmarks.store_handoffs import PureStore, Shape, handoff
+from scripts.benchmarks.store_lookups import CachedPrompt
+
+
+def test_rounds_alternate_and_the_first_is_not_kept() -> None:
+    order: list[str] = []
+
+    def part(name: str) -> dict[str, float]:
+        order.append(name)
+        return {name: len(order)}
+
+    found = collect([lambda: part("a"), lambda: part("b")], 2)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"b": [3, 6], "a": [4, 5]}
+
+
+def test_alternated_parts_are_timed_by_name() -> None:
+    seconds = alternate({"one": int, "other": str}, 3)
+    assert sorted(seconds) == ["one", "other"]
+    assert all(len(times) == 3 and min(times) >= 0 for times in seconds.values())
+
+
+@pytest.mark.parametrize("shape", [Shape(512, 128), Shape(512, 512), Shape(96, 64)])
+def test_a_handoff_has_as_many_messages_as_it_says(shape: Shape) -> None:
+    store = PureStore(256, shape)
+    num_messages = 0
+    steps = handoff(shape, store.ids)
+    step = next(steps, None)
+    while step is not None:
+        answer = store.handle(step.sender, step.message)
+        assert isinstance(answer, step.awaits or type(None))
+        num_messages += 1 + (answer is not None)
+        try:
+            step = steps.send(answer)
+        except StopIteration:
+            step = None
+    assert num_messages == shape.num_messages
+
+
+def test_handoffs_leave_their_blocks_as_cache_and_evict_when_it_is_full() -> None:
+    store = PureStore(100, Shape(512, 128))
+    store.run(10)
+    store.ledger.check()
+    counts = store.ledger.pool.counts()
+    assert counts["cached"] + counts["free"] == 100
+    assert store.ledger.pool.num_indexed == 330
+    assert store.ledger.pool.num_evicted >= 230
+    assert not store.ledger.handoffs
+
+
+def test_looking_a_cached_prompt_up_finds_all_of_it_and_changes_nothing() -> None:
+    prompt = CachedPrompt(256)
+    assert len(prompt.keys) == 16
+    before = prompt.pool.counts()
+    for part in prompt.parts().values():
+        part()
+    assert prompt.pool.counts() == before
+    assert len(prompt.pool.lookup(prompt.keys)) == 16
+    prompt.ledger.check()
