@@ -11,6 +11,7 @@ from typing import Any
 from common.config import load_config
 from common.engine.mock import MockEngine
 from common.engine.work import Engine
+from common.memory import keep_large_frames
 from common.service import serve
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
@@ -40,6 +41,7 @@ def worker_main(
     role_name: str, make_role: Callable[[WorkerRuntime], Role]
 ) -> Coroutine[Any, Any, int]:
     """The life of a worker's process, to be run on an event loop."""
+    keep_large_frames()
     config = load_config(WorkerConfig, f"python -m services.{role_name}")
     return serve(
         config.name,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import uvloop
 
 from common.config import load_config
+from common.memory import keep_large_frames
 from common.service import serve
 from services.kvstore.config import StoreConfig
 from services.kvstore.service import KvStore
 
 if __name__ == "__main__":
+    keep_large_frames()
     config = load_config(StoreConfig, "python -m services.kvstore")
     main = serve(config.name, config.log_level, lambda seams: KvStore(config, seams))
     raise SystemExit(uvloop.run(main))
