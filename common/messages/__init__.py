@@ -1,0 +1,153 @@
+"""What the services say to each other: one closed union of tagged structs per direction.
+
+`call_id` is not 0 where an answer is expected; the answer carries the same one. `number` counts the
+messages of a connection, each way (common/net/order.py). Member and handoff ids are 32 hexadecimal
+digits; a request goes by the id that its client sees; a block is named by its number in the arena.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.messages.audits import (
+    AskAudit,
+    AskWhy,
+    Audited,
+    HeldSequence,
+    Holdings,
+    ReportHoldings,
+    Told,
+)
+from common.messages.base import (
+    INTERNAL_VERSION,
+    Block,
+    CorruptError,
+    Count,
+    Failed,
+    Heartbeat,
+    Hello,
+    Key,
+    Leave,
+    Load,
+    Member,
+    MemberId,
+    Message,
+    Ok,
+    RequestName,
+    StaleError,
+    Stamp,
+    Stopped,
+    TokenId,
+    Welcome,
+)
+from common.messages.handoffs import (
+    Aborted,
+    AbortHandoff,
+    BlockBytes,
+    Claim,
+    Commit,
+    Discard,
+    Fill,
+    Filled,
+    GetBlocks,
+    GiveBack,
+    Granted,
+    HandoffOpened,
+    Lease,
+    Leased,
+    Members,
+    OpenHandoff,
+    PutBlocks,
+    Quit,
+    Release,
+    Seal,
+    Sealed,
+    Suspend,
+)
+from common.messages.requests import (
+    Dropped,
+    OutputToken,
+    OutputTokens,
+    Prefill,
+    Reserve,
+)
+from kvbaton.codec import Decoder
+
+__all__ = [
+    "INTERNAL_VERSION",
+    "AbortHandoff",
+    "Aborted",
+    "AskAudit",
+    "AskWhy",
+    "Audited",
+    "Block",
+    "BlockBytes",
+    "Claim",
+    "Commit",
+    "CorruptError",
+    "Count",
+    "Discard",
+    "Dropped",
+    "Failed",
+    "Fill",
+    "Filled",
+    "FromStore",
+    "FromWorker",
+    "GetBlocks",
+    "GiveBack",
+    "Granted",
+    "HandoffOpened",
+    "Heartbeat",
+    "HeldSequence",
+    "Hello",
+    "Holdings",
+    "Key",
+    "Lease",
+    "Leased",
+    "Leave",
+    "Load",
+    "Member",
+    "MemberId",
+    "Members",
+    "Message",
+    "Ok",
+    "OpenHandoff",
+    "OutputToken",
+    "OutputTokens",
+    "Prefill",
+    "PutBlocks",
+    "Quit",
+    "Release",
+    "ReportHoldings",
+    "RequestName",
+    "Reserve",
+    "Seal",
+    "Sealed",
+    "StaleError",
+    "Stamp",
+    "Stopped",
+    "Suspend",
+    "ToStore",
+    "ToWorker",
+    "TokenId",
+    "Told",
+    "Welcome",
+    "decoder",
+]
+
+ToStore = (
+    Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
+    | Release | Suspend | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
+    | AskAudit | AskWhy | Holdings
+)  # fmt: skip
+FromStore = (
+    Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
+    | Aborted | Members | ReportHoldings | Audited | Told
+)  # fmt: skip
+ToWorker = Hello | Heartbeat | Reserve | Prefill
+FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped
+
+
+def decoder(union: Any) -> Decoder[Message]:
+    """A decoder for one direction's union."""
+    return Decoder(union)

@@ -1,0 +1,121 @@
+"""What every message has, and what every connection begins with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from common.kv.layout import KvLayout
+from kvbaton.admin import MAX_ID_CHARS
+from kvbaton.errors import KvbatonError
+
+INTERNAL_VERSION = 2
+
+
+class StaleError(KvbatonError):
+    """The handoff is over, or has gone on to another epoch: drop the work."""
+
+    code = "stale"
+    status = 409
+
+
+class CorruptError(KvbatonError):
+    """Bytes of a block do not fit their digest: they are not used, and computed again."""
+
+    code = "corrupt"
+    status = 500
+
+
+# What a number or an id may be is checked where bytes become messages, not by each handler.
+MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Key = Annotated[bytes, msgspec.Meta(max_length=64)]
+RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
+Block = Count
+TokenId = Count
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"):
+    """Base of all; unknown keys are ignored, so that a newer peer may add fields."""
+
+    call_id: int = 0
+    number: int = 0
+
+
+class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed."""
+
+    num_running: Count = 0
+    num_waiting: Count = 0
+    num_tokens_queued: Count = 0
+    tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A process of the cluster. `member_id` is new at each start: an incarnation, not a name."""
+
+    member_id: MemberId
+    role: Annotated[str, msgspec.Meta(pattern="^(gateway|prefill|decode)$")]
+    name: str  # decode.2, for people
+    host_id: str
+    pid: int
+    endpoint: str = ""
+    fingerprint: str = ""
+    model: str = ""
+    max_model_len: Count = 0
+    max_num_seqs: Count = 0
+    mover: Annotated[str, msgspec.Meta(pattern="^(auto|shm|zmq)$")] = "shm"
+    layout: KvLayout | None = None
+    load: Load = Load()
+
+
+class Hello(Message, tag="hello"):
+    """The first message of every connection."""
+
+    internal_version: int
+    member: Member
+
+
+class Welcome(Message, tag="welcome"):
+    """The answer to hello. `instance_id` changes when the one that answers restarts."""
+
+    instance_id: str
+    heartbeat_s: float = 0.5
+    arena_path: str = ""
+    data_endpoint: str = ""
+    cache_secret: bytes = b""
+    host_id: str = ""
+    num_blocks: int = 0
+
+
+class Failed(Message, tag="failed"):
+    """The call was refused. `code` is one of kvbaton.errors, "stale" or "hello_required"."""
+
+    code: str
+    message: str
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+class Ok(Message, tag="ok"):
+    """The call was carried out, there is nothing more to say."""
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """A sign of life, with the sender's load; answered by ok. A worker is shown to gateways once
+    it is `ready`: its arena is mapped and its engine attached."""
+
+    load: Load = Load()
+    ready: bool = False
+
+
+class Leave(Message, tag="leave"):
+    """The sender has stopped all steps, writes no more and goes."""
+
+
+class Stopped(Message, tag="stopped"):
+    """The sender's earlier incarnation `member_id` has ended its last step and writes no more."""
+
+    member_id: MemberId

@@ -1,0 +1,77 @@
+"""What gateways and workers say to each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from common.messages.base import (
+    Count,
+    Key,
+    Load,
+    MemberId,
+    Message,
+    TokenId,
+)
+from kvbaton.sampling import SamplingParams
+
+
+class _Request(Message):
+    """What both workers of a request need to know of it.
+
+    `tokens` are the prompt and, when the request is placed again, its output so far;
+    `num_prompt_tokens` tells where the output begins. `worker_id` is the member that the handoff
+    was opened for: a later incarnation of it refuses. From `root_key` and the tokens follow the
+    keys of the blocks, and with them what their digests must be.
+    """
+
+    handoff_id: str
+    epoch: int
+    worker_id: MemberId
+    store: int
+    root_key: Key
+    tokens: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    num_prompt_tokens: Count
+    sampling: SamplingParams
+    choice: Count
+
+
+class Reserve(_Request, tag="reserve"):
+    """Gateway to decode: keep a place for this request. Answered by ok when there is one.
+
+    `prefill_here`: compute the prompt yourself.
+    """
+
+    prefill_here: bool = False
+
+
+class Prefill(_Request, tag="prefill"):
+    """Gateway to prefill: compute the prompt, draw one token. Answered by ok at once."""
+
+
+class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One token of one request; `index` counts the request's output from 0."""
+
+    handoff_id: str
+    index: Count
+    token_id: TokenId
+    logprob: float = 0.0
+    top_logprobs: list[tuple[int, float]] = []
+    finish_reason: str | None = None
+    since_joined_ms: float = 0.0  # with the first token from here: since it could be computed
+
+
+class OutputTokens(Message, tag="tokens"):
+    """Worker to gateway: what one step brought for its requests, and the load after it."""
+
+    tokens: list[OutputToken]
+    load: Load
+
+
+class Dropped(Message, tag="dropped"):
+    """Worker to gateway: the request cannot go on here. It may be placed again."""
+
+    handoff_id: str
+    code: str
+    message: str
