@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from common.kv.hashing import KEY_BYTES
 from common.kv.layout import KvLayout
 from kvbaton.admin import MAX_ID_CHARS
 from kvbaton.errors import KvbatonError
@@ -31,7 +32,7 @@ class CorruptError(KvbatonError):
 MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Key = Annotated[bytes, msgspec.Meta(max_length=64)]
+Key = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
 RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 Block = Count
 TokenId = Count

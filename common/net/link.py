@@ -56,6 +56,7 @@ class Link:
         self._incoming = Incoming(0)
         self._hello_call_id = 0
         self._must_greet = False
+        self.is_introduced = False  # our last hello was queued: the other end may know us by it
         self._loop = asyncio.get_running_loop()
         self._socket = transport.dealer(endpoint, self._on_frames)
         self._say_hello()
@@ -142,8 +143,9 @@ class Link:
         self._first_number = self._next_number = first_number(self._num_hellos)
         self._num_hellos += 1
         self._incoming = Incoming(self._first_number)
-        self._must_greet = not self._send_numbered(hello, [])
-        return not self._must_greet
+        self.is_introduced = self._send_numbered(hello, [])
+        self._must_greet = not self.is_introduced
+        return self.is_introduced
 
     def _fail(self, call_id: int, reason: str) -> None:
         future = self._calls.get(call_id)

@@ -93,7 +93,7 @@ class StoreLink:
     # ---- membership ---------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
-        if self.welcome.instance_id:
+        if self.welcome.instance_id and self.link.is_introduced:
             self._former_ids.append(self.member_id)
             self.member_id = self._seams.rng.new_id()
             self._is_ready = False

@@ -207,10 +207,9 @@ class Dispatcher:
             opened = await self._open(attempt)
             attempt.handoff_id = opened.handoff_id
             self._by_handoff[opened.handoff_id] = attempt
-            if stream.timeline.num_attempts == 1:
-                layout = place.decode.member.layout
-                assert layout is not None
-                stream.num_cached_tokens = opened.num_cached_blocks * layout.block_size
+            layout = place.decode.member.layout
+            assert layout is not None
+            stream.opened(opened.num_cached_blocks * layout.block_size)
             await attempt.start(opened)
             stream.timeline.placed_at = stream.timeline.placed_at or self._clock.now()
             await first_of(attempt.outcome)  # awaiting it itself would cancel it with us

@@ -137,7 +137,7 @@ class Fleet:
 
     def _connect(self, store: Store, endpoint: str) -> None:
         def hello() -> Hello:
-            if store.member_id:
+            if store.member_id and store.link.is_introduced:
                 store.former_ids.append(store.member_id)
             introduction = self._hello()
             store.member_id = introduction.member.member_id

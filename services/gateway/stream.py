@@ -17,6 +17,7 @@ class RequestStream:
         self.request_id = request.request_id
         self.timeline = Timeline(received_at=received_at)
         self.num_cached_tokens = 0
+        self._was_opened = False
         self.tokens: list[int] = []
         self.is_over = False
         self.task: asyncio.Task[None] | None = None  # serves the request
@@ -38,6 +39,13 @@ class RequestStream:
             self.is_over = True
             if self.task is not None:
                 self.task.cancel()
+
+    def opened(self, num_cached_tokens: int) -> None:
+        """An attempt found so much of the prompt. What an earlier one had to compute, or a later
+        one computes again, was not cached for this request."""
+        if not self._was_opened or num_cached_tokens < self.num_cached_tokens:
+            self.num_cached_tokens = num_cached_tokens
+        self._was_opened = True
 
     def deliver(self, token: OutputToken) -> bool:
         """Take a token, in any order and any number of times. True once the last has come."""

@@ -44,7 +44,8 @@ class Broker:
     `send(member_id, message)` queues a message for a member, if it is still there. `role_of(id)` is
     its role, None if it has gone. `must_pull(id)`: the member cannot map the arena, and wants to
     know early what it may pull. `load_first(handoff)`: whether it has to be prepared before it
-    stands in line, which `prepared` ends.
+    stands in line, which `prepared` ends. `forget_stored(key)`: nobody shall find the block of this
+    key on a disk either.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Broker:
         send: Callable[[str, Message], None],
         role_of: Callable[[str], str | None],
         must_pull: Callable[[str], bool],
-        load_first: Callable[[Handoff], bool] = lambda _: False,
         *,
+        load_first: Callable[[Handoff], bool] = lambda _: False,
+        forget_stored: Callable[[bytes], None] = lambda _: None,
         history: History | None = None,
     ) -> None:
         self.ledger = ledger
@@ -64,6 +66,7 @@ class Broker:
         self._role_of = role_of
         self._must_pull = must_pull
         self._load_first = load_first
+        self._forget_stored = forget_stored
         self.num_corrupt = 0  # blocks whose bytes did not fit their digest
         self._waiting_calls: dict[str, tuple[str, int]] = {}  # handoff id -> member id, call id
 
@@ -253,7 +256,24 @@ class Broker:
             stamps=self._stamps(worker_id, handoff.blocks),
         )
 
+    def _is_late(self, worker_id: str, message: Seal | Release) -> bool:
+        """The writer of an aborted handoff says how it ended, not having heard yet: it writes no
+        more, as if it had quit."""
+        handoff = self.ledger.handoffs.get(message.handoff_id)
+        if handoff is None or handoff.state is not HandoffState.ABORTING:
+            return False
+        due = Release if worker_id == handoff.decode_id else Seal
+        if (handoff.epoch, handoff.writer) != (message.epoch, worker_id) or type(
+            message
+        ) is not due:
+            return False
+        self.notes.handoff("handoff_quit", handoff, worker_id, handoff.blocks)
+        self.ledger.quit(message.handoff_id, worker_id)
+        return True
+
     def _seal(self, worker_id: str, message: Seal) -> None:
+        if self._is_late(worker_id, message):
+            return
         before = self.ledger.handoffs.get(message.handoff_id)
         is_first = before is not None and before.state is HandoffState.FILLING
         blocks = list(before.blocks) if before is not None else []
@@ -280,6 +300,8 @@ class Broker:
         return self._granted(handoff, worker_id)
 
     def _release(self, worker_id: str, message: Release) -> None:
+        if self._is_late(worker_id, message):
+            return
         handoff = self.ledger.find(message.handoff_id, message.epoch)
         blocks = list(handoff.blocks)
         self.ledger.release(message.handoff_id, message.epoch, worker_id)
@@ -325,6 +347,8 @@ class Broker:
         self.notes.blocks("blocks_discarded", blocks, worker_id, handoff)
         log.error("blocks_corrupt", handoff=message.handoff_id, worker=worker_id, num_dropped=num)
         self.num_corrupt += len(message.indexes)
+        for index in message.indexes:
+            self._forget_stored(handoff.key_of(index))
 
 
 _WORKER_HANDLERS: dict[type[Message], Callable[..., Message | None]] = {

@@ -60,6 +60,13 @@ class DataServer:
         self._ledger, self._arena, self._block_bytes = ledger, arena, block_bytes
         self._arrived.clear()
 
+    def is_damaged(self, block: int, key: bytes) -> bool:
+        """Whether the bytes of a final block, which came here with a digest, are others by now."""
+        assert self._ledger is not None
+        stamp = self._ledger.pool[block].stamp
+        arrived_stamp, digest = self._arrived.get(block, (-1, b""))
+        return arrived_stamp == stamp and block_digest(key, stamp, self._bytes(block)) != digest
+
     def close(self) -> None:
         self._server.close()
         self._ledger, self._arena = None, memoryview(b"")

@@ -9,7 +9,7 @@ Room is promised before work begins: an open handoff holds a reservation for its
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from common.messages import StaleError
@@ -350,7 +350,7 @@ class Ledger:
     def check(self) -> None:
         """Assert that handoffs and blocks account for one another."""
         self.pool.check()
-        readers: dict[int, int] = dict.fromkeys(self.staging.writing, 1)
+        readers = Counter([*self.staging.writing, *self.staging.held])
         reserved = 0
         for handoff in self.handoffs.values():
             reserved += handoff.num_reserved

@@ -123,10 +123,9 @@ class KvStore:
 
     @property
     def num_corrupt(self) -> int:
-        """Blocks that came, here or at a worker, with bytes that did not fit their digest."""
+        """Blocks that were dropped, wherever their bytes did not fit their digest."""
         assert self._data is not None
-        at_workers = self.serving.broker.num_corrupt if self.serving else 0
-        return self._data.num_corrupt + at_workers
+        return self._data.num_corrupt + (self.serving.num_corrupt if self.serving else 0)
 
     async def drain(self) -> None:
         """Nothing to wait for: without the store the cluster does no work."""
@@ -207,6 +206,7 @@ class KvStore:
     def _serve(self, worker: Member, layout: KvLayout) -> Serving:
         if self.serving is not None:
             self.serving.end()
+        assert self._data is not None
         self.serving = Serving(
             worker,
             config=self.config,
@@ -216,8 +216,8 @@ class KvStore:
             members=self._members,
             writers=self._writers,
             send=self._send,
+            is_damaged=self._data.is_damaged,
         )
-        assert self._data is not None
         self._data.serve(self.serving.ledger, self._arena, layout.block_bytes)
         log.info("model_set", model=worker.model, num_blocks=self.serving.num_blocks)
         return self.serving

@@ -49,6 +49,7 @@ class Serving:
         members: Members,
         writers: Writers,
         send: Callable[[str, Message], None],
+        is_damaged: Callable[[int, bytes], bool],
     ) -> None:
         assert worker.layout is not None
         self.layout = worker.layout
@@ -68,13 +69,21 @@ class Serving:
             send,
             members.role_of,
             self._must_pull,
-            self._load_first,
+            load_first=self._load_first,
+            forget_stored=self._forget_stored,
             history=History(seams.clock.now),
         )
-        self.tiering = self._use_disk(config, seams, tasks, arena) if config.disk_dir else None
+        self.tiering: Tiering | None = None
+        if config.disk_dir:
+            self.tiering = self._use_disk(config, seams, tasks, arena, is_damaged)
 
     def _use_disk(
-        self, config: StoreConfig, seams: Seams, tasks: Tasks, arena: memoryview
+        self,
+        config: StoreConfig,
+        seams: Seams,
+        tasks: Tasks,
+        arena: memoryview,
+        is_damaged: Callable[[int, bytes], bool],
     ) -> Tiering | None:
         try:
             tier = DiskTier(
@@ -95,6 +104,7 @@ class Serving:
             arena,
             self.layout.block_bytes,
             notes=self.broker.notes,
+            is_damaged=is_damaged,
             tasks=tasks,
             prefill_rate=self._members.prefill_rate,
             prepared=self.broker.prepared,
@@ -136,10 +146,24 @@ class Serving:
         if self.tiering is not None:
             stats = self.tiering.tier.stats()
             counters |= {f"disk_{name}": float(value) for name, value in stats.items()}
+            counters["disk_is_failing"] = float(stats["is_failing"] or self.tiering.is_overdue)
         return counters
 
     def _load_first(self, handoff: Handoff) -> bool:
         return self.tiering is not None and self.tiering.load_first(handoff)
+
+    def _forget_stored(self, key: bytes) -> None:
+        if self.tiering is not None:
+            self.tiering.tier.forget(key)
+
+    @property
+    def num_corrupt(self) -> int:
+        """Blocks that were dropped here: in the arena, on the disk, or by a worker they came to."""
+        num_corrupt = self.broker.num_corrupt
+        if self.tiering is not None:
+            num_corrupt += self.tiering.num_damaged
+            num_corrupt += int(self.tiering.tier.stats()["blocks_corrupt"])
+        return num_corrupt
 
     def _must_pull(self, member_id: str) -> bool:
         member = self._members.get(member_id)

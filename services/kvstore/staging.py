@@ -23,6 +23,7 @@ class Staging:
     def __init__(self, pool: BlockPool) -> None:
         self.window = min(max(_LEAST_WINDOW, pool.num_blocks // _WINDOW_SHARE), _MOST_WINDOW)
         self.writing: dict[int, None] = {}  # pinned
+        self.held: list[int] = []  # pinned, for a prompt the rest of which is being loaded
         self._pool = pool
         self._num_loading = 0
 
@@ -57,13 +58,24 @@ class Staging:
             del self.writing[block_id]
         self._pool.unpin(blocks, cold=True)
 
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep blocks in memory that were found or loaded for a prompt, until `let_go`."""
+        self._pool.pin(blocks)
+        self.held += blocks
+
+    def let_go(self) -> None:
+        """The prompt has them, or does without."""
+        held, self.held = self.held, []
+        self._pool.unpin(held)
+
     def take_free(self, count: int) -> list[int]:
         """Blocks to load into; the caller has checked that there is room."""
         self._num_loading += count
         return self._pool.grant(count, WRITER)
 
-    def loaded(self, blocks: Sequence[int], names: Sequence[BlockName | None]) -> None:
-        """What came from the disk is cache from now on; what did not come (None) is free."""
+    def loaded(self, blocks: Sequence[int], names: Sequence[BlockName | None]) -> list[int]:
+        """What came from the disk is cache from now on; what did not come (None) is free. Returns
+        the former."""
         self._num_loading -= len(blocks)
         final = [block_id for block_id, name in zip(blocks, names, strict=True) if name is not None]
         for block_id, name in zip(blocks, names, strict=True):
@@ -72,3 +84,4 @@ class Staging:
             else:
                 self._pool.commit(block_id, name)
         self._pool.unpin(final)
+        return final

@@ -15,7 +15,7 @@ import structlog
 
 from common.config import StartError
 from common.service import Tasks
-from services.kvstore.blocks import BlockName
+from services.kvstore.blocks import BlockName, BlockState
 from services.kvstore.disk.format import Meta
 from services.kvstore.disk.tier import DiskTier
 from services.kvstore.handoff import Handoff
@@ -26,6 +26,7 @@ from services.kvstore.staging import WRITER
 log = structlog.get_logger()
 
 _BATCH_BYTES = 8 << 20  # written or loaded at once
+_LEAST_WAIT_S, _USUAL_WAIT_S = 1.0, 5.0  # for a load, if computing takes no longer, or not known
 _BATCH_SHARE = 16  # and no more than one block in so many: a slow disk must not hold the memory
 
 
@@ -33,7 +34,8 @@ class Tiering:
     """One ledger's blocks and one disk.
 
     `prefill_rate()` is in tokens per second, 0 if not known. `prepared(handoff_id)` is called when
-    a handoff that waited for the disk has waited enough.
+    a handoff that waited for the disk has waited enough; it need not be the first time. What
+    `is_damaged(block, key)` is not written, and not found any more.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Tiering:
         block_bytes: int,
         *,
         notes: Notes,
+        is_damaged: Callable[[int, bytes], bool],
         tasks: Tasks,
         prefill_rate: Callable[[], float],
         prepared: Callable[[str], None],
@@ -55,10 +58,13 @@ class Tiering:
         at_most = max(1, ledger.pool.num_blocks // _BATCH_SHARE)
         self._batch = min(max(1, _BATCH_BYTES // block_bytes), at_most)
         self._notes = notes
+        self._is_damaged = is_damaged
         # All that is to be evicted soon must fit on the disk at once, or it would write for ever.
         ledger.staging.window = min(ledger.staging.window, max(1, tier.num_safe // 2))
         self._prefill_rate = prefill_rate
         self._prepared = prepared
+        self.num_damaged = 0  # blocks that were not written: their bytes had changed in memory
+        self.is_overdue = False  # the disk has a load that takes far too long
         self._is_open = False
         self._news = asyncio.Event()
         self._loading = asyncio.Lock()  # one prompt at a time: the disk is one
@@ -102,51 +108,92 @@ class Tiering:
         taken = staging.take_cold(most, self.tier.is_safe)
         if not taken:
             return False
+        sound = [(block, name) for block, name in taken if not self._drop_damaged(block, name)]
         try:
-            return await self.tier.store(
-                [(Meta(*name), self._bytes(block_id)) for block_id, name in taken]
+            is_stored = await self.tier.store(
+                [(Meta(*name), self._bytes(block)) for block, name in sound]
             )
+            if is_stored:
+                self._notes.blocks("blocks_stored", [block for block, _ in sound])
+            return is_stored
         finally:
-            blocks = [block_id for block_id, _ in taken]
-            self._notes.blocks("blocks_stored", blocks)
-            staging.written(blocks)
+            for block, name in sound:
+                if pool[block].name is None:  # a worker found it corrupt meanwhile
+                    self.tier.forget(name.key)
+            staging.written([block for block, _ in taken])
             self._prepared("")  # who waits for room may have it now
+
+    def _drop_damaged(self, block: int, name: BlockName) -> bool:
+        if not self._is_damaged(block, name.key):
+            return False
+        self.num_damaged += 1
+        log.error("blocks_corrupt", block=block)
+        self._ledger.pool.discard(block)
+        self._notes.blocks("blocks_discarded", [block])
+        return True
 
     # ---- loading ------------------------------------------------------------------------------
 
     def load_first(self, handoff: Handoff) -> bool:
         """Whether the handoff had better wait for blocks from the disk; `prepared` tells when."""
-        if not self._is_open or not self._worth_loading(handoff):
+        if not self._is_open or self.is_overdue or not self._plan(handoff)[1]:
             return False
-        self._tasks.spawn(self._load(handoff), "load")
+        self._tasks.spawn(self._load_in_time(handoff), "load")
         return True
 
-    def _worth_loading(self, handoff: Handoff) -> list[bytes]:
-        """The keys to load: of the run of the prompt's blocks that is in memory or on the disk,
-        those that are not in memory."""
-        pool = self._ledger.pool
+    def _plan(self, handoff: Handoff) -> tuple[list[int], list[bytes]]:
+        """Of the run of the prompt's blocks that is in memory or on the disk, as far as all of it
+        has room at once: the blocks found, and the keys to load. No keys: it is not worth it."""
+        pool, room = self._ledger.pool, self._ledger.room
+        found: list[int] = []
         missing: list[bytes] = []
         for key in self._ledger.usable_keys(handoff):
-            if pool.find(key) is None:
-                if key not in self.tier:
-                    break
+            block = pool.find(key)
+            if block is None and key not in self.tier:
+                break
+            room -= block is None or pool[block].state is BlockState.CACHED
+            if room < 0:
+                break
+            if block is None:
                 missing.append(key)
-        del missing[max(0, self._ledger.room) :]
+            else:
+                found.append(block)
         block_size = self._ledger.block_size
         if missing and self.tier.is_worth_loading(len(missing), block_size, self._prefill_rate()):
-            return missing
-        return []
+            return found, missing
+        return [], []
+
+    async def _load_in_time(self, handoff: Handoff) -> None:
+        """A prompt waits for the disk about as long as computing it would take."""
+        rate = self._prefill_rate()
+        wait_s = max(_LEAST_WAIT_S, handoff.num_tokens / rate) if rate else _USUAL_WAIT_S
+        load = self._tasks.spawn(self._load(handoff), "load")
+        await asyncio.wait([load], timeout=wait_s)
+        if not load.done():
+            self.is_overdue = True
+            log.warning("disk_overdue", handoff=handoff.handoff_id)
+            self._prepared(handoff.handoff_id)
 
     async def _load(self, handoff: Handoff) -> None:
-        try:
-            async with self._loading:
+        """Load each block at most once: what is evicted again, in a store so full, is computed."""
+        staging = self._ledger.staging
+        async with self._loading:
+            try:
                 # Others may have loaded the same meanwhile, or room may be gone.
-                while handoff.handoff_id in self._ledger.handoffs:
-                    keys = self._worth_loading(handoff)[: self._batch]
-                    if not keys or not await self._load_batch(keys):
-                        break
-        finally:
-            self._prepared(handoff.handoff_id)
+                if handoff.handoff_id in self._ledger.handoffs:
+                    found, missing = self._plan(handoff)
+                    staging.hold(found)
+                    for start in range(0, len(missing), self._batch):
+                        batch = missing[start : start + self._batch]
+                        if len(batch) > self._ledger.room or not await self._load_batch(batch):
+                            break
+            finally:
+                self.is_overdue = False
+                self._prepared(
+                    handoff.handoff_id
+                )  # what is held for it is its own, if there is room
+                staging.let_go()
+                self._prepared("")
 
     async def _load_batch(self, keys: list[bytes]) -> bool:
         """Load these blocks. False if one could not be: what follows it would not be found."""
@@ -162,8 +209,9 @@ class Tiering:
             )
             names = [BlockName(m.key, m.parent, m.tenant) if m else None for m in metas]
         finally:
-            staging.loaded(blocks, names)
-            self._notes.blocks("blocks_loaded", blocks)
+            loaded = staging.loaded(blocks, names)
+            self._notes.blocks("blocks_loaded", loaded)
+            staging.hold([block for block in loaded if self._ledger.pool[block].name is not None])
         return None not in names
 
     def _bytes(self, block: int) -> memoryview:

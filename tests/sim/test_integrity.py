@@ -140,3 +140,20 @@ def test_a_salt_and_a_tenant_keep_their_blocks_to_themselves() -> None:
                 assert await cached(**whose) == 4 * BLOCK
 
     simulate(main())
+
+
+def test_what_was_found_and_had_to_be_computed_again_was_not_cached() -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape(mover="zmq", num_prefill=2, num_decode=2)) as cluster:
+            prompt = [5] * (20 * BLOCK + 1)
+            await output_of(cluster.submit(prompt, 3))
+            (store,) = cluster.stores
+            for block in range(512):
+                store._arena[block * MOCK_LAYOUT.block_bytes] ^= 0xFF
+            stream = cluster.submit(prompt, 3)
+            assert await output_of(stream) == mock_output(prompt, 3)
+            assert stream.timeline.num_attempts == 2
+            assert store.num_corrupt == 20
+            assert stream.num_cached_tokens == 0
+
+    simulate(main())

@@ -12,6 +12,8 @@ from common.messages import (
     Fill,
     OpenHandoff,
     Quit,
+    Release,
+    Seal,
     StaleError,
 )
 from kvbaton.errors import ProtocolError
@@ -195,3 +197,32 @@ def test_each_side_may_say_only_its_own_messages() -> None:
                 num_tokens=1,
             ),
         )
+
+
+@pytest.mark.parametrize("sender", [PREFILL, DECODE])
+def test_an_ending_that_crosses_an_abort_is_as_good_as_a_quit(sender: str) -> None:
+    store = Store()
+    ending: Seal | Release
+    if sender == PREFILL:
+        store.fill()
+        ending = Seal(handoff_id="h1", epoch=1, first_token=5)
+    else:
+        store.claim()
+        ending = Release(handoff_id="h1", epoch=1)
+    store.gateway(AbortHandoff(handoff_id="h1"))
+    assert list(store.ledger.handoffs) == ["h1"]
+    store.sent()
+    store.worker(sender, ending)
+    assert store.ledger.handoffs == {}
+    assert store.sent() == []
+    store.ledger.check()
+
+
+def test_a_late_ending_of_another_than_the_writer_is_refused() -> None:
+    store = Store()
+    store.claim()
+    store.gateway(AbortHandoff(handoff_id="h1"))
+    for epoch, sender in ((1, PREFILL), (2, DECODE)):
+        with pytest.raises(StaleError):
+            store.worker(sender, Release(handoff_id="h1", epoch=epoch))
+    assert list(store.ledger.handoffs) == ["h1"]

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from common.kv.hashing import KEY_BYTES, block_key, prompt_keys, root_key
 from common.kv.layout import KvLayout
+from common.messages import OpenHandoff, ToStore, decoder
+from kvbaton.codec import encode
+from kvbaton.errors import ProtocolError
 
 SECRET = b"secret"
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=12)
@@ -92,3 +95,16 @@ def test_a_token_that_is_no_token_id_is_not_hashed() -> None:
 def test_a_block_holds_keys_and_values_of_all_layers(dtype: str, num_bytes: int) -> None:
     layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=dtype)
     assert layout.block_bytes == num_bytes
+
+
+def test_a_message_carries_no_longer_keys_than_there_are() -> None:
+    def opened(key: bytes) -> bytes:
+        message = OpenHandoff(
+            request_id="r", prefill_id="0" * 32, decode_id="0" * 32, tenant=b"", root_key=b"",
+            keys=[key], num_tokens=16,
+        )  # fmt: skip
+        return encode(message)
+
+    assert decoder(ToStore).decode(opened(b"k" * KEY_BYTES))
+    with pytest.raises(ProtocolError, match="length <= 32"):
+        decoder(ToStore).decode(opened(b"k" * (KEY_BYTES + 1)))

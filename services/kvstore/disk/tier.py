@@ -73,6 +73,12 @@ class DiskTier:
     def __contains__(self, key: bytes) -> bool:
         return self._index.get(key) is not None
 
+    def forget(self, key: bytes) -> None:
+        """Nobody shall find the block of this key any more."""
+        place = self._index.get(key)
+        if place is not None:
+            self._index.forget(key, place)
+
     def find(self, keys: Sequence[bytes]) -> int:
         """How many leading keys are here."""
         return self._index.find(keys)
