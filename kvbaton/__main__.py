@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _audit(options: argparse.Namespace, key: str) -> int:
     answer = audit(options.gateway, key)
     _show(answer, audit_parts(answer), as_json=options.json)
+    if any(store.problem for store in answer.stores):
+        return EXIT_CANNOT_ASK
     return 0 if answer.closes else 1
 
 

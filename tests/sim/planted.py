@@ -332,16 +332,6 @@ def the_store_is_told_before_the_running_step_has_ended() -> Any:
     return replaced(Endings, "_settle", settle)
 
 
-@bug(zombies.a_release_that_waits_for_a_push_gives_way_to_an_abort)
-def an_abort_does_not_replace_an_ending_that_waits() -> Any:
-    """An abort that races the last step leaves the blocks held for ever."""
-
-    def abort(self: Endings, sequence: Sequence) -> None:
-        self.end(sequence, Quit(handoff_id=sequence.handoff_id, epoch=sequence.epoch))
-
-    return replaced(Endings, "abort", abort)
-
-
 @bug(1)
 def a_finished_sequence_keeps_its_place() -> Any:
     return replaced(Places, "leave", lambda *_: None)
@@ -354,17 +344,17 @@ def a_worker_does_not_say_that_it_has_stopped() -> Any:
 
 
 @bug(0)
-def the_first_token_is_taken_for_the_second() -> Any:
+def the_first_token_is_lost_at_the_handoff() -> Any:
+    """Decode goes on after the prompt's last token said twice."""
     claimed = Sequence.claimed
 
     def claim(self: Sequence, first_token: int) -> None:
-        claimed(self, first_token)
-        self.num_computed -= 1
+        claimed(self, self.tokens[-1])
 
     return replaced(Sequence, "claimed", claim)
 
 
-@bug(1)
+@bug(zombies.a_cancelled_request_holds_nothing_after_a_second)
 def decode_ignores_aborts() -> Any:
     """A cancelled request runs to its end, and nobody gives its blocks back."""
     from common.messages import Aborted

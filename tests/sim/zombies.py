@@ -151,6 +151,20 @@ def a_cancelled_prompt_is_free_within_a_second_though_decode_hears_nothing() -> 
     simulate(main())
 
 
+def a_cancelled_request_holds_nothing_after_a_second() -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape()) as cluster:
+            stream = cluster.submit([5] * (2 * BLOCK), 1000)
+            await until(lambda: len(stream.tokens) >= 20)
+            stream.cancel()
+            await asyncio.sleep(1)
+            counts = cluster.ledgers()[0].pool.counts()
+            assert counts["free"] + counts["cached"] == 512, counts
+            await cluster.settle()
+
+    simulate(main())
+
+
 def a_release_that_waits_for_a_push_gives_way_to_an_abort() -> None:
     async def main() -> None:
         async with SimCluster(World(1), Shape(mover="zmq", num_gateways=2)) as cluster:
@@ -177,5 +191,6 @@ SCENARIOS: list[Callable[[], None]] = [
     a_decode_worker_wakes_up_before_its_gateway_has_heard_of_its_loss,
     nobody_who_beats_is_lost,
     a_cancelled_prompt_is_free_within_a_second_though_decode_hears_nothing,
+    a_cancelled_request_holds_nothing_after_a_second,
     a_release_that_waits_for_a_push_gives_way_to_an_abort,
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from kvbaton.__main__ import main
 from kvbaton.admin import HandoffAudit, HistoryEvent, MemberAudit, StoreAudit, StoreHistory
 from kvbaton.protocol import Audited, Told
 from kvbaton.tables import audit_parts, draw, plain_lines, why_parts
@@ -123,3 +125,23 @@ def test_nothing_is_drawn_where_rich_is_missing(
         monkeypatch.delitem(sys.modules, name)
     assert not draw(audit_parts(AUDITED))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("stores", "status"),
+    [
+        ([StoreAudit()], 0),
+        ([StoreAudit(discrepancies=["a block is lost"])], 1),
+        ([StoreAudit(), StoreAudit(problem="it does not answer")], 2),
+        ([StoreAudit(discrepancies=["a block is lost"]), StoreAudit(problem="silent")], 2),
+    ],
+)
+def test_the_exit_status_tells_what_was_found_out(
+    stores: list[StoreAudit], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_text("a key that is long enough\n")
+    answer = Audited(id=1, closes=status == 0, stores=stores)
+    monkeypatch.setattr("kvbaton.__main__.audit", lambda *_: answer)
+    assert main(["audit", "--json", "--admin-key-file", str(key_file)]) == status

@@ -25,7 +25,11 @@ async def load_or_make_secret(files: Files, folder: str, make: Callable[[], byte
     """
     await files.run(partial(files.lock_folder, folder))
     path = f"{folder}/{_NAME}"
-    secret = await files.run(partial(_load, files, path))
+    try:
+        secret = await files.run(partial(_load, files, path))
+    except OSError as error:  # it may be there yet, and what was stored under it of use again
+        log.warning("disk_secret_not_read", folder=folder, reason=str(error))
+        return make()
     if secret is not None:
         return secret
     secret = make()
@@ -40,7 +44,7 @@ def _load(files: Files, path: str) -> bytes | None:
     content = memoryview(bytearray(_MOST_BYTES))
     try:
         num_bytes = files.read(path, 0, [content])
-    except OSError:
+    except FileNotFoundError:
         return None
     stored, _, checksum = bytes(content[:num_bytes]).partition(b" ")
     if checksum != _checksum(stored):
