@@ -53,9 +53,7 @@ def _check_counts(pool: BlockPool) -> Iterator[str]:
 
 
 def _check_readers(ledger: Ledger) -> Iterator[str]:
-    readers = Counter(dict.fromkeys(ledger.staging.writing, 1))
-    for handoff in ledger.handoffs.values():
-        readers.update(handoff.blocks[: handoff.num_committed])
+    readers = ledger.readers()
     for block_id in range(ledger.pool.num_blocks):
         block = ledger.pool[block_id]
         if block.num_readers != readers[block_id]:

@@ -347,15 +347,18 @@ class Ledger:
         self.num_reserved -= handoff.num_reserved
         handoff.drop_blocks(self.pool)
 
+    def readers(self) -> Counter[int]:
+        """How many readers each block has by those who read: handoffs and the disk."""
+        readers = Counter(self.staging.pinned)
+        for handoff in self.handoffs.values():
+            readers.update(handoff.blocks[: handoff.num_committed])
+        return readers
+
     def check(self) -> None:
         """Assert that handoffs and blocks account for one another."""
         self.pool.check()
-        readers = Counter([*self.staging.writing, *self.staging.held])
-        reserved = 0
-        for handoff in self.handoffs.values():
-            reserved += handoff.num_reserved
-            for block_id in handoff.blocks[: handoff.num_committed]:
-                readers[block_id] = readers.get(block_id, 0) + 1
+        reserved = sum(handoff.num_reserved for handoff in self.handoffs.values())
         assert reserved == self.num_reserved <= self.pool.num_available
+        readers = self.readers()
         for block_id in range(self.pool.num_blocks):
-            assert self.pool[block_id].num_readers == readers.get(block_id, 0)
+            assert self.pool[block_id].num_readers == readers[block_id]

@@ -28,6 +28,11 @@ class Staging:
         self._num_loading = 0
 
     @property
+    def pinned(self) -> list[int]:
+        """The blocks that the disk counts as a reader of, once for each reason."""
+        return [*self.writing, *self.held]
+
+    @property
     def is_busy(self) -> bool:
         """Whether the disk is reading or writing memory."""
         return bool(self.writing or self._num_loading)

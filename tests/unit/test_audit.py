@@ -53,6 +53,25 @@ def test_the_books_of_a_busy_store_close() -> None:
     assert books(store.ledger) == []
 
 
+def test_the_books_close_while_the_disk_has_blocks_in_hand() -> None:
+    store = busy_store()
+    ledger, staging = store.ledger, store.ledger.staging
+    final = ledger.handoffs["h1"].blocks[: ledger.handoffs["h1"].num_committed]
+    store.worker(DECODE, Release(handoff_id="h1", epoch=1))
+    ((block, _),) = staging.take_cold(1, lambda _key: False)
+    staging.hold(final)
+    (empty,) = staging.take_free(1)
+    assert ledger.pool[block].num_readers == 2
+    ledger.check()
+    assert books(ledger) == []
+    staging.written([block])
+    staging.loaded([empty], [None])
+    assert books(ledger) == []
+    staging.let_go()
+    ledger.check()
+    assert books(ledger) == []
+
+
 def lose_a_reader(ledger: Ledger) -> None:
     ledger.handoffs["h1"].num_committed = 1
 
