@@ -114,10 +114,8 @@ class Broker:
 
     def lose_writer(self, member_id: str) -> None:
         """A member was not heard from: what it may still write into is quarantined."""
-        pool = self.ledger.pool
-        written = [each for each in pool.written_by(member_id) if pool.is_granted(each, member_id)]
-        self.ledger.lose_writer(member_id)
-        self.notes.blocks("blocks_quarantined", written, member_id)
+        lost = self.ledger.lose_writer(member_id)
+        self.notes.blocks("blocks_quarantined", lost, member_id)
 
     def member_stopped(self, member_id: str) -> None:
         """A member is dead, or says that it writes and listens no more."""
@@ -125,9 +123,10 @@ class Broker:
             if handoff.state is HandoffState.ABORTING and member_id == handoff.writer:
                 self.notes.handoff("handoff_freed", handoff, member_id, handoff.blocks)
             elif handoff.state is HandoffState.ABORTING and member_id == handoff.gateway_id:
-                self._note_fenced(handoff, member_id, handoff.blocks[: handoff.num_committed])
-        self.notes.blocks("blocks_freed", self.ledger.pool.written_by(member_id), member_id)
-        self.ledger.member_stopped(member_id)
+                final = handoff.blocks[: handoff.num_committed]
+                self.notes.handoff("handoff_fenced", handoff, member_id, final)
+        freed = self.ledger.member_stopped(member_id)
+        self.notes.blocks("blocks_freed", freed, member_id)
 
     # ---- a gateway's ----------------------------------------------------------------------------
 
@@ -180,7 +179,7 @@ class Broker:
             if before is HandoffState.FILLING:
                 self.notes.blocks("blocks_quarantined", rest, handoff.writer, handoff)
         if handoff.is_fenced and not was_fenced:
-            self._note_fenced(handoff, by, final)
+            self.notes.handoff("handoff_fenced", handoff, by, final)
         if aborted is None:
             return
         waiting = self._waiting_calls.pop(handoff.handoff_id, None)
@@ -190,9 +189,6 @@ class Broker:
         self._tell_aborted(handoff, reason, handoff.prefill_id, handoff.decode_id)
         if not is_fenced:
             self._tell_aborted(handoff, reason, handoff.gateway_id)
-
-    def _note_fenced(self, handoff: Handoff, by: str, final: list[int]) -> None:
-        self.notes.handoff("handoff_fenced", handoff, by, final)
 
     def _tell_aborted(self, handoff: Handoff, reason: str, *member_ids: str) -> None:
         for member_id in dict.fromkeys(member_ids):
@@ -262,14 +258,15 @@ class Broker:
         handoff = self.ledger.handoffs.get(message.handoff_id)
         if handoff is None or handoff.state is not HandoffState.ABORTING:
             return False
-        due = Release if worker_id == handoff.decode_id else Seal
-        if (handoff.epoch, handoff.writer) != (message.epoch, worker_id) or type(
-            message
-        ) is not due:
+        is_due = isinstance(message, Release if worker_id == handoff.decode_id else Seal)
+        if not is_due or (handoff.epoch, handoff.writer) != (message.epoch, worker_id):
             return False
-        self.notes.handoff("handoff_quit", handoff, worker_id, handoff.blocks)
-        self.ledger.quit(message.handoff_id, worker_id)
+        self._writer_quits(handoff, worker_id)
         return True
+
+    def _writer_quits(self, handoff: Handoff, worker_id: str) -> None:
+        self.notes.handoff("handoff_quit", handoff, worker_id, handoff.blocks)
+        self.ledger.quit(handoff.handoff_id, worker_id)
 
     def _seal(self, worker_id: str, message: Seal) -> None:
         if self._is_late(worker_id, message):
@@ -323,8 +320,7 @@ class Broker:
         if handoff.needs(worker_id):
             self._abort(handoff, worker_id, "a worker gave it up")
         if handoff.state is HandoffState.ABORTING and handoff.writer == worker_id:
-            self.notes.handoff("handoff_quit", handoff, worker_id, handoff.blocks)
-        self.ledger.quit(message.handoff_id, worker_id)
+            self._writer_quits(handoff, worker_id)
 
     def _lease(self, worker_id: str, message: Lease) -> Leased:
         num_evicted = self.ledger.pool.num_evicted

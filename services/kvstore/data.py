@@ -62,10 +62,8 @@ class DataServer:
 
     def is_damaged(self, block: int, key: bytes) -> bool:
         """Whether the bytes of a final block, which came here with a digest, are others by now."""
-        assert self._ledger is not None
-        stamp = self._ledger.pool[block].stamp
-        arrived_stamp, digest = self._arrived.get(block, (-1, b""))
-        return arrived_stamp == stamp and block_digest(key, stamp, self._bytes(block)) != digest
+        stamp, digest = self._arrival(block)
+        return digest is not None and block_digest(key, stamp, self._bytes(block)) != digest
 
     def close(self) -> None:
         self._server.close()
@@ -136,10 +134,15 @@ class DataServer:
 
     def _digest(self, key: bytes, block: int, data: bytes) -> bytes:
         """The digest with which the bytes came, if they came here: so it goes from end to end."""
+        stamp, digest = self._arrival(block)
+        return block_digest(key, stamp, data) if digest is None else digest
+
+    def _arrival(self, block: int) -> tuple[int, bytes | None]:
+        """A block's stamp, and the digest with which what it holds came here, if it did."""
         assert self._ledger is not None
         stamp = self._ledger.pool[block].stamp
         arrived_stamp, digest = self._arrived.get(block, (-1, b""))
-        return digest if arrived_stamp == stamp else block_digest(key, stamp, data)
+        return stamp, digest if arrived_stamp == stamp else None
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]

@@ -313,10 +313,12 @@ class Ledger:
         """The handoffs that a member opened, fills or decodes."""
         return [handoff for handoff in self.handoffs.values() if handoff.needs(member_id)]
 
-    def lose_writer(self, member_id: str) -> None:
-        """A member was not heard from: what it may still write into is quarantined."""
+    def lose_writer(self, member_id: str) -> list[int]:
+        """A member was not heard from: what it may still write into is quarantined. Returns it."""
         pool, written = self.pool, self.pool.written_by(member_id)
-        pool.quarantine([each for each in written if pool.is_granted(each, member_id)])
+        lost = [each for each in written if pool.is_granted(each, member_id)]
+        pool.quarantine(lost)
+        return lost
 
     def waits_for(self, member_id: str) -> bool:
         """Whether anything is held back until this member stops."""
@@ -324,15 +326,17 @@ class Ledger:
             member_id in (handoff.writer, handoff.gateway_id) for handoff in self.handoffs.values()
         )
 
-    def member_stopped(self, member_id: str) -> None:
+    def member_stopped(self, member_id: str) -> list[int]:
         """A member is dead, or says that it writes and listens no more: nothing of it needs
-        quarantine."""
+        quarantine. Returns the blocks of its own that are free by it."""
         for handoff in list(self.handoffs.values()):
             if handoff.state is HandoffState.ABORTING and handoff.writer == member_id:
                 self._close(handoff)
             elif handoff.state is HandoffState.ABORTING and handoff.gateway_id == member_id:
                 self._fence(handoff)
-        self.pool.free(self.pool.written_by(member_id))
+        written = self.pool.written_by(member_id)
+        self.pool.free(written)
+        return written
 
     # ---- within -------------------------------------------------------------------------------
 

@@ -161,8 +161,7 @@ class Serving:
         """Blocks that were dropped here: in the arena, on the disk, or by a worker they came to."""
         num_corrupt = self.broker.num_corrupt
         if self.tiering is not None:
-            num_corrupt += self.tiering.num_damaged
-            num_corrupt += int(self.tiering.tier.stats()["blocks_corrupt"])
+            num_corrupt += self.tiering.num_damaged + self.tiering.tier.num_corrupt
         return num_corrupt
 
     def _must_pull(self, member_id: str) -> bool:

@@ -82,11 +82,12 @@ class Staging:
         """What came from the disk is cache from now on; what did not come (None) is free. Returns
         the former."""
         self._num_loading -= len(blocks)
-        final = [block_id for block_id, name in zip(blocks, names, strict=True) if name is not None]
+        final = []
         for block_id, name in zip(blocks, names, strict=True):
             if name is None:
                 self._pool.free([block_id])
             else:
                 self._pool.commit(block_id, name)
+                final.append(block_id)
         self._pool.unpin(final)
         return final

@@ -189,9 +189,8 @@ class Tiering:
                             break
             finally:
                 self.is_overdue = False
-                self._prepared(
-                    handoff.handoff_id
-                )  # what is held for it is its own, if there is room
+                # What is held for it becomes its own now, if there is room for the rest.
+                self._prepared(handoff.handoff_id)
                 staging.let_go()
                 self._prepared("")
 

@@ -107,6 +107,11 @@ class DiskTier:
             return True
         return load_s < num_blocks * block_size / prefill_tokens_per_s
 
+    @property
+    def num_corrupt(self) -> int:
+        """Blocks whose bytes on the disk did not fit their digest."""
+        return self._counts["blocks_corrupt"]
+
     def stats(self) -> dict[str, float]:
         """Counters since the start, and how things stand."""
         counted = (
