@@ -16,7 +16,6 @@ import structlog
 from common.config import StartError
 from common.service import Tasks
 from services.kvstore.blocks import BlockName, BlockState
-from services.kvstore.disk.format import Meta
 from services.kvstore.disk.tier import DiskTier
 from services.kvstore.handoff import Handoff
 from services.kvstore.ledger import Ledger
@@ -110,9 +109,7 @@ class Tiering:
             return False
         sound = [(block, name) for block, name in taken if not self._drop_damaged(block, name)]
         try:
-            is_stored = await self.tier.store(
-                [(Meta(*name), self._bytes(block)) for block, name in sound]
-            )
+            is_stored = await self.tier.store([(name, self._bytes(block)) for block, name in sound])
             if is_stored:
                 self._notes.blocks("blocks_stored", [block for block, _ in sound])
             return is_stored
@@ -203,10 +200,9 @@ class Tiering:
         self._notes.granted("blocks_lent", blocks, num_evicted, WRITER)
         names: list[BlockName | None] = [None] * len(keys)
         try:
-            metas = await self.tier.load(
+            names = await self.tier.load(
                 [(key, self._bytes(block)) for key, block in zip(keys, blocks, strict=True)]
             )
-            names = [BlockName(m.key, m.parent, m.tenant) if m else None for m in metas]
         finally:
             loaded = staging.loaded(blocks, names)
             self._notes.blocks("blocks_loaded", loaded)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from services.kvstore.disk.format import Meta, record_offset
+from services.kvstore.blocks import BlockName
+from services.kvstore.disk.format import record_offset
 from services.kvstore.disk.tier import DiskTier
 from tests.sim.files import SimDrive, SimFiles
 
@@ -39,8 +40,8 @@ def key_of(number: int) -> bytes:
     return f"key-{number}".encode()
 
 
-def meta_of(number: int) -> Meta:
-    return Meta(key_of(number), key_of(number - 1), b"tenant-%d" % (number % 3))
+def name_of(number: int) -> BlockName:
+    return BlockName(key_of(number), key_of(number - 1), b"tenant-%d" % (number % 3))
 
 
 def bytes_of(number: int) -> bytes:
@@ -80,18 +81,18 @@ class DiskWorld:
 
 
 async def store(tier: DiskTier, numbers: Iterable[int]) -> bool:
-    return await tier.store([(meta_of(n), memoryview(bytes_of(n))) for n in numbers])
+    return await tier.store([(name_of(n), memoryview(bytes_of(n))) for n in numbers])
 
 
 async def load(tier: DiskTier, numbers: Sequence[int]) -> list[int]:
     """Which of these are loaded; each as it was stored."""
     memories = [memoryview(bytearray(BLOCK_BYTES)) for _ in numbers]
     entries = [(key_of(n), memory) for n, memory in zip(numbers, memories, strict=True)]
-    metas = await tier.load(entries)
+    names = await tier.load(entries)
     loaded = []
-    for number, meta, memory in zip(numbers, metas, memories, strict=True):
-        if meta is not None:
-            assert meta == meta_of(number)
+    for number, name, memory in zip(numbers, names, memories, strict=True):
+        if name is not None:
+            assert name == name_of(number)
             assert memory == bytes_of(number)
             loaded.append(number)
         else:

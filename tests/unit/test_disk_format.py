@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.kvstore.blocks import BlockName
 from services.kvstore.disk.format import (
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
-    Meta,
     pack_record,
     pack_segment,
     record_offset,
@@ -19,16 +19,16 @@ from services.kvstore.disk.format import (
 )
 
 short = st.binary(max_size=32)
-metas = st.builds(Meta, key=short, parent=short, tenant=short)
+names = st.builds(BlockName, key=short, parent=short, tenant=short)
 stamps = st.integers(0, 2**64 - 1)
 DIGEST = bytes(range(16))
 
 
-@given(metas, stamps)
-def test_a_record_header_comes_back(meta: Meta, stamp: int) -> None:
-    header = pack_record(meta, stamp, DIGEST)
+@given(names, stamps)
+def test_a_record_header_comes_back(name: BlockName, stamp: int) -> None:
+    header = pack_record(name, stamp, DIGEST)
     assert len(header) == RECORD_HEADER_BYTES
-    assert unpack_record(header, stamp) == (meta, DIGEST)
+    assert unpack_record(header, stamp) == (name, DIGEST)
     assert unpack_record(header, stamp ^ 1) is None
 
 
@@ -42,9 +42,9 @@ def truncated(data: st.DataObject, header: bytes) -> bytes:
     return header[: data.draw(st.integers(0, len(header) - 1))]
 
 
-@given(st.data(), metas)
-def test_a_damaged_record_header_is_none(data: st.DataObject, meta: Meta) -> None:
-    header = pack_record(meta, 1, DIGEST)
+@given(st.data(), names)
+def test_a_damaged_record_header_is_none(data: st.DataObject, name: BlockName) -> None:
+    header = pack_record(name, 1, DIGEST)
     assert unpack_record(damaged(data, header), 1) is None
     assert unpack_record(truncated(data, header), 1) is None
 

@@ -17,7 +17,7 @@ from tests.unit.disk_world import (
     bytes_of,
     key_of,
     load,
-    meta_of,
+    name_of,
     store,
 )
 
@@ -175,7 +175,7 @@ async def test_a_key_asked_for_twice_is_good_only_where_it_was_read_well() -> No
     world.drive.next["flipped"] = 1
     first, second = await tier.load(entries_of([0, 0]))
     assert first is None
-    assert second == meta_of(0)
+    assert second == name_of(0)
 
 
 async def test_a_write_that_was_lost_silently_is_found_out() -> None:

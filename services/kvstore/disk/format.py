@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from dataclasses import dataclass
 
 import xxhash
 
 from common.kv.hashing import KEY_BYTES
 from common.kv.integrity import DIGEST_BYTES
+from services.kvstore.blocks import BlockName
 
 _CHECKSUM = struct.Struct("<Q")
 _SEGMENT = struct.Struct("<8sQQ32s")  # magic, stamp, bytes of a block, hash of the fingerprint
@@ -27,15 +27,6 @@ SEGMENT_HEADER_BYTES = _SEGMENT.size + _CHECKSUM.size
 RECORD_HEADER_BYTES = _RECORD.size + _CHECKSUM.size
 
 _NAME = re.compile(r"([0-9]{12})\.segment")
-
-
-@dataclass(frozen=True, slots=True)
-class Meta:
-    """What is known of a block besides its bytes: keys and tenant tag of at most 32 bytes each."""
-
-    key: bytes
-    parent: bytes
-    tenant: bytes
 
 
 def segment_name(number: int) -> str:
@@ -69,15 +60,14 @@ def unpack_segment(header: bytes | memoryview, block_bytes: int, fingerprint: st
     return stamp if bytes(header) == pack_segment(stamp, block_bytes, fingerprint) else None
 
 
-def pack_record(meta: Meta, stamp: int, digest: bytes) -> bytes:
-    """The header of a record."""
-    fields = (meta.key, meta.parent, meta.tenant)
-    assert all(len(field) <= KEY_BYTES for field in fields)
-    return _sealed(_RECORD.pack(_RECORD_MAGIC, *map(len, fields), stamp, *fields, digest))
+def pack_record(name: BlockName, stamp: int, digest: bytes) -> bytes:
+    """The header of a record. What names a block has at most 32 bytes each."""
+    assert all(len(field) <= KEY_BYTES for field in name)
+    return _sealed(_RECORD.pack(_RECORD_MAGIC, *map(len, name), stamp, *name, digest))
 
 
-def unpack_record(header: bytes | memoryview, stamp: int) -> tuple[Meta, bytes] | None:
-    """The block's meta and digest; None if the header is damaged or of another segment."""
+def unpack_record(header: bytes | memoryview, stamp: int) -> tuple[BlockName, bytes] | None:
+    """The block's name and digest; None if the header is damaged or of another segment."""
     content = _unsealed(header, RECORD_HEADER_BYTES)
     if content is None:
         return None
@@ -86,7 +76,7 @@ def unpack_record(header: bytes | memoryview, stamp: int) -> tuple[Meta, bytes] 
     )
     if magic != _RECORD_MAGIC or written != stamp:
         return None
-    return Meta(key[:num_key], parent[:num_parent], tenant[:num_tenant]), digest
+    return BlockName(key[:num_key], parent[:num_parent], tenant[:num_tenant]), digest
 
 
 def _short(fingerprint: str) -> bytes:

@@ -8,10 +8,10 @@ from enum import Enum
 
 from common.kv.integrity import block_digest
 from common.seams import Files
+from services.kvstore.blocks import BlockName
 from services.kvstore.disk.format import (
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
-    Meta,
     pack_record,
     pack_segment,
     record_offset,
@@ -74,7 +74,7 @@ class SegmentFiles:
         for segment in segments:
             self.files.remove(self._path(segment.number))
 
-    def write(self, write: Write, entries: Sequence[tuple[Meta, memoryview]]) -> None:
+    def write(self, write: Write, entries: Sequence[tuple[BlockName, memoryview]]) -> None:
         """Raises OSError; then some of the records may have been written."""
         self.remove(write.doomed)
         stamp = write.segment.stamp
@@ -84,17 +84,19 @@ class SegmentFiles:
         if write.first_slot == 0:
             parts.append(memoryview(pack_segment(stamp, self.block_bytes, self.fingerprint)))
             offset = 0
-        for meta, memory in entries:
+        for name, memory in entries:
             assert memory.nbytes == self.block_bytes
-            digest = block_digest(meta.key, stamp, memory)
-            parts += [memoryview(pack_record(meta, stamp, digest)), memory]
+            digest = block_digest(name.key, stamp, memory)
+            parts += [memoryview(pack_record(name, stamp, digest)), memory]
         self.files.write(self._path(write.segment.number), offset, parts)
 
-    def read(self, requests: Sequence[tuple[bytes, Place, memoryview]]) -> list[Meta | Failure]:
+    def read(
+        self, requests: Sequence[tuple[bytes, Place, memoryview]]
+    ) -> list[BlockName | Failure]:
         """Read blocks into memory. After a failure the memory holds anything."""
         return [self._read_block(*request) for request in requests]
 
-    def _read_block(self, key: bytes, place: Place, memory: memoryview) -> Meta | Failure:
+    def _read_block(self, key: bytes, place: Place, memory: memoryview) -> BlockName | Failure:
         stamp = place.segment.stamp
         assert stamp is not None
         assert memory.nbytes == self.block_bytes
@@ -109,8 +111,8 @@ class SegmentFiles:
         record = unpack_record(header, stamp)
         if record is None:
             return Failure.CORRUPT
-        meta, digest = record
-        return meta if block_digest(key, stamp, memory) == digest else Failure.CORRUPT
+        name, digest = record
+        return name if block_digest(key, stamp, memory) == digest else Failure.CORRUPT
 
     def _read(self, number: int, offset: int, num_bytes: int) -> memoryview:
         header = memoryview(bytearray(num_bytes))

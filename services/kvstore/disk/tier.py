@@ -16,8 +16,8 @@ from typing import TypeVar
 import structlog
 
 from common.seams import Clock, Files, Rng
+from services.kvstore.blocks import BlockName
 from services.kvstore.disk.cost import LoadCost
-from services.kvstore.disk.format import Meta
 from services.kvstore.disk.index import DiskIndex
 from services.kvstore.disk.records import Failure, SegmentFiles
 
@@ -128,31 +128,33 @@ class DiskTier:
 
     # ---- loading ------------------------------------------------------------------------------
 
-    async def load(self, entries: Sequence[tuple[bytes, memoryview]]) -> list[Meta | None]:
+    async def load(self, entries: Sequence[tuple[bytes, memoryview]]) -> list[BlockName | None]:
         """Read each key's block into the memory given; None where it is not here or is damaged:
         then the memory holds anything. The memory is used until this returns or raises, also when
         it is cancelled."""
-        metas: list[Meta | None] = []
+        names: list[BlockName | None] = []
         for chunk in self._chunks(entries):
-            metas += await self._load_chunk(chunk)
-        return metas
+            names += await self._load_chunk(chunk)
+        return names
 
-    async def _load_chunk(self, entries: Sequence[tuple[bytes, memoryview]]) -> list[Meta | None]:
-        metas: list[Meta | None] = [None] * len(entries)
+    async def _load_chunk(
+        self, entries: Sequence[tuple[bytes, memoryview]]
+    ) -> list[BlockName | None]:
+        names: list[BlockName | None] = [None] * len(entries)
         requests = {
             position: (key, place, memory)
             for position, (key, memory) in enumerate(entries)
             if (place := self._index.get(key)) is not None
         }
         if not requests:
-            return metas
+            return names
         started_at = self._clock.now()
         results = await self._files.run(partial(self._segments.read, list(requests.values())))
         now = self._clock.now()
         failures: Counter[str] = Counter()
         for (position, (key, place, _)), result in zip(requests.items(), results, strict=True):
-            if isinstance(result, Meta):
-                metas[position] = result
+            if isinstance(result, BlockName):
+                names[position] = result
             else:
                 self._index.forget(key, place)
                 failures[result.value] += 1
@@ -163,11 +165,11 @@ class DiskTier:
             log.warning("disk_blocks_dropped", folder=self._folder, **failures)
         self._counts["blocks_loaded"] += num_loaded
         self._counts.update({f"blocks_{reason}": count for reason, count in failures.items()})
-        return metas
+        return names
 
     # ---- storing ------------------------------------------------------------------------------
 
-    async def store(self, entries: Sequence[tuple[Meta, memoryview]]) -> bool:
+    async def store(self, entries: Sequence[tuple[BlockName, memoryview]]) -> bool:
         """Append blocks that are not here yet; returns when the operating system has them.
 
         False if it could not: then part of them may be here. The memory is read until this returns
@@ -176,14 +178,14 @@ class DiskTier:
         async with self._writing:
             if self.is_paused or not (self._is_scanned or await self._try_scan()):
                 return False
-            new = {meta.key: (meta, memory) for meta, memory in entries}
+            new = {name.key: (name, memory) for name, memory in entries}
             wanted = [entry for key, entry in new.items() if not self._index.is_safe(key)]
             for chunk in self._chunks(wanted):
                 if not await self._store_chunk(chunk):
                     return False
             return True
 
-    async def _store_chunk(self, entries: Sequence[tuple[Meta, memoryview]]) -> bool:
+    async def _store_chunk(self, entries: Sequence[tuple[BlockName, memoryview]]) -> bool:
         while entries:
             write = self._index.plan(len(entries), self._rng.new_seed())
             batch, entries = entries[: write.num_records], entries[write.num_records :]
@@ -192,7 +194,7 @@ class DiskTier:
             except OSError as error:
                 self._fails(error)
                 return False
-            self._index.written(write, [meta.key for meta, _ in batch])
+            self._index.written(write, [name.key for name, _ in batch])
             self._counts["blocks_written"] += len(batch)
             self._counts["segments_removed"] += len(write.doomed)
             self._works()
