@@ -103,7 +103,7 @@ class Admin:
         stores = self._stores_of(message)
         name = message.name or ""
         inner = [name.removeprefix(each) for each in _ANSWER_PREFIXES if name.startswith(each)]
-        ask = AskWhy(block=message.block, names=[each for each in (name, *inner) if each])
+        ask = AskWhy(block=message.block, names=[name, *inner])
         histories = await asyncio.gather(*(_history(store, ask) for store in stores))
         return protocol.Told(id=message.id, stores=histories)
 

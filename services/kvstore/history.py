@@ -13,7 +13,8 @@ from typing import NamedTuple
 def goes_by(handoff_id: str, request_id: str, names: Container[str]) -> bool:
     """Whether one of the names means this handoff of this request. The requests of one answer, such
     as `name` and `name#1`, go by `name` together."""
-    return handoff_id in names or request_id in names or request_id.rpartition("#")[0] in names
+    answer_id = request_id.rpartition("#")[0]
+    return any(each and each in names for each in (handoff_id, request_id, answer_id))
 
 
 class Event(NamedTuple):
@@ -90,7 +91,7 @@ class History:
 
     def of_requests(self, names: Sequence[str]) -> list[Event]:
         """What happened to handoffs, or to all handoffs of requests, oldest first."""
-        wanted = frozenset(names) - {""}
+        wanted = frozenset(names)
         return [
             event for event in self._events if goes_by(event.handoff_id, event.request_id, wanted)
         ]

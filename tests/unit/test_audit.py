@@ -23,7 +23,7 @@ from common.messages import (
 )
 from kvbaton.admin import MAX_ROWS
 from services.kvstore.audit import View, check_books, compare, view_of
-from services.kvstore.audit_rows import standing_of_block, store_audit
+from services.kvstore.audit_rows import standing_of_block, standing_of_requests, store_audit
 from services.kvstore.blocks import BlockState
 from services.kvstore.ledger import Ledger
 from tests.unit.broker_store import DECODE, GATEWAY, PREFILL, Store
@@ -70,6 +70,12 @@ def test_the_books_close_while_the_disk_has_blocks_in_hand() -> None:
     staging.let_go()
     ledger.check()
     assert books(ledger) == []
+
+
+def test_an_empty_name_is_nobodys() -> None:
+    ledger = busy_store().ledger
+    assert standing_of_requests(ledger, ["", "nobody"]) == ""
+    assert standing_of_requests(ledger, ["h1"]) == "handoff h1 is claimed"
 
 
 def lose_a_reader(ledger: Ledger) -> None:

@@ -94,13 +94,6 @@ class DiskIndex:
         """Where the block is, None if it is not here."""
         return self._places.get(key)
 
-    def find(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are here."""
-        for count, key in enumerate(keys):
-            if key not in self._places:
-                return count
-        return len(keys)
-
     def is_safe(self, key: bytes) -> bool:
         """Whether the block is here and not in one of the segments that go next."""
         place = self._places.get(key)

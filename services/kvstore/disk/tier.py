@@ -79,10 +79,6 @@ class DiskTier:
         if place is not None:
             self._index.forget(key, place)
 
-    def find(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are here."""
-        return self._index.find(keys)
-
     @property
     def num_safe(self) -> int:
         """So many of the blocks that were stored last are sure to be safe."""
