@@ -73,7 +73,7 @@ class ShmMover:
 class ZmqMover:
     """Bytes as frames over the store's data socket, bounded by byte credits.
 
-    `arena` is this worker's memory, `first` the store's first block in it.
+    `arena` is this worker's memory for the blocks of one store.
     """
 
     moves = True

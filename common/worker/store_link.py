@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
+from common.incarnations import FormerIds
 from common.messages import (
     INTERNAL_VERSION,
     Commit,
@@ -20,7 +21,6 @@ from common.messages import (
     Load,
     Member,
     Message,
-    Stopped,
     Welcome,
     decoder,
 )
@@ -63,7 +63,7 @@ class StoreLink:
         self.member_id = seams.rng.new_id()
         self.mover: Mover = ShmMover()
         self.first_slot = 0
-        self._former_ids: list[str] = []
+        self._former_ids = FormerIds()
         self._is_ready = False
         self._seams = seams
         self._tasks = tasks
@@ -94,7 +94,7 @@ class StoreLink:
 
     def _hello(self) -> Hello:
         if self.welcome.instance_id and self.link.is_introduced:
-            self._former_ids.append(self.member_id)
+            self._former_ids.add(self.member_id)
             self.member_id = self._seams.rng.new_id()
             self._is_ready = False
         return self._introduction()
@@ -109,18 +109,7 @@ class StoreLink:
 
     def stopped(self) -> None:
         """The last step of earlier incarnations has ended."""
-        for member_id in self._former_ids:
-            self._tasks.spawn(self._say_stopped(member_id), "stopped")
-
-    async def _say_stopped(self, member_id: str) -> None:
-        """If it is not confirmed it is said again when we are welcome again."""
-        try:
-            await self.link.call(Stopped(member_id=member_id))
-        except KvbatonError as error:
-            log.info("stopped_not_said", store=self.link.endpoint, reason=error.message)
-        else:
-            if member_id in self._former_ids:
-                self._former_ids.remove(member_id)
+        self._former_ids.say_stopped(self.link, self._tasks)
 
     def ready(self, arena: memoryview, first_slot: int, block_bytes: int, *, shared: bool) -> None:
         """The engine is attached: `arena` is this store's part of its memory."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from common.incarnations import FormerIds
 from common.messages import (
     INTERNAL_VERSION,
     Aborted,
@@ -24,7 +25,6 @@ from common.messages import (
     Members,
     Message,
     OutputTokens,
-    Stopped,
     Welcome,
     decoder,
 )
@@ -83,7 +83,7 @@ class Store:
     welcome: Welcome = Welcome(instance_id="")
     is_up: bool = False
     member_id: str = ""
-    former_ids: list[str] = field(default_factory=list)  # ours, which the store may hold alive
+    former_ids: FormerIds = field(default_factory=FormerIds)
     blocks: dict[str, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     handoffs: dict[str, int] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Fleet:
     def _connect(self, store: Store, endpoint: str) -> None:
         def hello() -> Hello:
             if store.member_id and store.link.is_introduced:
-                store.former_ids.append(store.member_id)
+                store.former_ids.add(store.member_id)
             introduction = self._hello()
             store.member_id = introduction.member.member_id
             return introduction
@@ -151,8 +151,8 @@ class Fleet:
                     self._on_members(store, Members(members=[]))
                 self._events.on_store_lost(store)
             store.welcome, store.is_up = welcome, True
-            for member_id in store.former_ids:  # what ran for them counts no more
-                self._tasks.spawn(self._say_stopped(store, member_id), "stopped")
+            # What ran for what we were counts no more.
+            store.former_ids.say_stopped(store.link, self._tasks)
             log.info("store_joined", store=endpoint)
 
         def handle(message: Message) -> None:
@@ -185,16 +185,6 @@ class Fleet:
             fingerprint=fingerprint,
         )
         return Hello(internal_version=INTERNAL_VERSION, member=member)
-
-    async def _say_stopped(self, store: Store, member_id: str) -> None:
-        """If it is not confirmed it is said again when we are welcome again."""
-        try:
-            await store.link.call(Stopped(member_id=member_id))
-        except KvbatonError as error:
-            log.info("stopped_not_said", store=store.link.endpoint, reason=error.message)
-        else:
-            if member_id in store.former_ids:
-                store.former_ids.remove(member_id)
 
     async def _beat(self, store: Store) -> None:
         while True:

@@ -23,7 +23,7 @@ from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
 from services.kvstore.service import KvStore
 from services.prefill.worker import PrefillRole
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import VirtualLoop, virtual_loop
 from tests.sim.network import Pipe, SimNetwork, decoded, type_of
 from tests.sim.world import World
 
@@ -279,8 +279,7 @@ class SimCluster:
     async def _end(self, process: Process) -> None:
         pid = self._pids.pop(process)
         self.world.network.kill(pid)
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
+        loop = virtual_loop()
         if loop.is_stopped(pid):
             loop.continue_process(pid)  # to be cancelled before it can do anything
         await process.close()

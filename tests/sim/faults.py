@@ -15,7 +15,7 @@ from common.worker.runtime import WorkerRuntime
 from services.kvstore.service import KvStore
 from tests.sim.cluster import Process, SimCluster, SimGateway
 from tests.sim.disturbances import Chance, Disturbance, Flip, Hold, Lose, Repeat, Slow
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import virtual_loop
 from tests.sim.network import Pipe
 from tests.sim.trace import Trace
 
@@ -133,8 +133,7 @@ async def pause(chaos: Chaos) -> tuple[int, str]:
     victim = await chaos.victim()
     if victim is None:
         return 0, ""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
+    loop = virtual_loop()
     pid, name, seconds = chaos.cluster.pid(victim), chaos.cluster.name(victim), chaos.while_s()
     loop.stop_process(pid)
     await asyncio.sleep(seconds)

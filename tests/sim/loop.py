@@ -107,5 +107,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return timer
 
 
+def virtual_loop() -> VirtualLoop:
+    """The running loop, which must be one on virtual time."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    return loop
+
+
 def _process_of(handle: asyncio.Handle) -> int:
     return handle._context.get(PROCESS, 0)  # type: ignore[attr-defined,no-any-return]

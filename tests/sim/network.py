@@ -29,7 +29,7 @@ from common.messages import Message
 from common.net.transport import DealerHandler, Frames, RouterHandler, TransportError
 from kvbaton.sockets import HIGH_WATER_MARK
 from tests.sim.disturbances import Disturbance
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import virtual_loop
 
 USUAL_DELAY_S = (50e-6, 2e-3)
 NOTICE_S = 1e-3  # after which the other end knows that a connection is gone
@@ -167,12 +167,12 @@ class SimNetwork:
     def look_again(self) -> None:
         """Deliver what waited and need not any more."""
         for pipe in self._waiting:
-            self._loop().call_soon(self._deliver_waiting, pipe, context=self._context)
+            virtual_loop().call_soon(self._deliver_waiting, pipe, context=self._context)
 
     def break_link(self, dealer: SimDealer) -> None:
         """The connection breaks. What was under way is lost, and the dealer comes back under
         another routing id, which the router does not know before it hears from it."""
-        dealer.connection.ended_at = self._loop().time()
+        dealer.connection.ended_at = virtual_loop().time()
         dealer.connection.is_broken = True
         dealer.connect()
 
@@ -225,14 +225,14 @@ class SimNetwork:
         for later_s, each in copies:
             parcel = Parcel(connection, each)
             if later_s:
-                loop = self._loop()
+                loop = virtual_loop()
                 loop.call_later(later_s, self._send, pipe, parcel, delay_s, context=self._context)
             else:
                 self._send(pipe, parcel, delay_s)
         return True
 
     def _send(self, pipe: Pipe, parcel: Parcel, delay_s: tuple[float, float]) -> None:
-        loop = self._loop()
+        loop = virtual_loop()
         self.num_messages += 1
         arrives_at = loop.time() + self._random.uniform(*delay_s)
         # Timers of equal times run in no order, so each message is a little later than the last.
@@ -254,7 +254,7 @@ class SimNetwork:
 
     def _must_wait(self, pipe: Pipe) -> bool:
         receiver = self.receiver_of(pipe)
-        if not receiver or self._loop().is_stopped(receiver):
+        if not receiver or virtual_loop().is_stopped(receiver):
             return True
         return any(each.holds and each.pipes(pipe) for each in self._disturbances)
 
@@ -279,11 +279,6 @@ class SimNetwork:
                 connection = dealer.connection
             router.peers[connection.identity] = connection
             router.context.run(router.handler, connection.identity, frames)
-
-    def _loop(self) -> VirtualLoop:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        return loop
 
 
 class SimRouter:

@@ -16,7 +16,7 @@ from kvbaton.protocol import Audit, Audited
 from services.decode.worker import DecodeRole
 from services.gateway.admin import Admin
 from tests.sim.cluster import STORES, Shape, SimCluster, output_of, simulate
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import virtual_loop
 from tests.sim.stranger import Stranger
 from tests.sim.test_cluster_in_memory import SHAPES, random_prompt
 from tests.sim.world import World
@@ -89,8 +89,7 @@ async def audits_of_a_stopped_worker() -> tuple[StoreAudit, StoreAudit, StoreAud
     async with SimCluster(World(5), Shape()) as cluster:
         stream = cluster.submit(list(range(5, 205)), 4000)
         await asyncio.sleep(0.5)
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
+        loop = virtual_loop()
         pid = cluster.pid(cluster.of_role(DecodeRole)[0])
         loop.stop_process(pid)
         (silent,) = await audited(cluster)

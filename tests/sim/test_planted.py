@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from tests.sim.planted import BUGS, Catcher
 from tests.sim.scenario import run_seed
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Services that are broken complain at length."""
-    former = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.configure(**former)
 
 
 def is_caught(catcher: Catcher) -> bool:

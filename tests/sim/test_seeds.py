@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from tests.sim.scenario import NUM_FAULTS, NUM_REQUESTS, draw, run_seed
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 NUM_SEEDS, NUM_SEEDS_LONG = 300, 1000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    """Faults make services warn, and a seed's report says what matters."""
-    former = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.configure(**former)
 
 
 def check(seed: int) -> None:

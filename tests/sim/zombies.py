@@ -25,7 +25,7 @@ from tests.sim.cluster import (
     until,
 )
 from tests.sim.disturbances import Hold
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import virtual_loop
 from tests.sim.network import Pipe
 from tests.sim.world import World
 
@@ -33,21 +33,15 @@ BLOCK = MOCK_LAYOUT.block_size
 LOST_AFTER_S = 3.0
 
 
-def _loop() -> VirtualLoop:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    return loop
-
-
 @asynccontextmanager
 async def _stopped(pid: int) -> AsyncIterator[None]:
     """As SIGSTOP, and SIGCONT at the end."""
-    _loop().stop_process(pid)
+    virtual_loop().stop_process(pid)
     try:
         yield
     finally:
-        if _loop().is_stopped(pid):
-            _loop().continue_process(pid)
+        if virtual_loop().is_stopped(pid):
+            virtual_loop().continue_process(pid)
 
 
 def a_prefill_worker_wakes_up_and_writes_what_it_began() -> None:
