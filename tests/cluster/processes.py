@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,21 +18,11 @@ from typing import Any
 import httpx
 
 from kvbaton import Client
+from tests.ports import free_port, free_ports
 
 ROOT = Path(__file__).parents[2]
 _START_S = 60.0
 _STOP_S = 5.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Cluster:
@@ -73,7 +62,7 @@ class Cluster:
             flags["stores"] = self.stores
         if role == "gateway":
             flags["http_port"] = self.http_port
-            client_port = self.client_port if number == 1 else free_ports(1)[0]
+            client_port = self.client_port if number == 1 else free_port()
             flags["bind"] = f"tcp://127.0.0.1:{client_port}"
         command = [sys.executable, "-m", f"services.{role}"]
         for flag, value in (flags | settings).items():

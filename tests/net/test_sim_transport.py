@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from common.net.transport import DealerSocket, RouterSocket, Transport, TransportError
 from common.net.zmq_transport import ZmqTransport
 from kvbaton.sockets import COPY_BELOW_BYTES, HIGH_WATER_MARK
+from tests.ports import free_port
 from tests.sim.cluster import simulate
 from tests.sim.network import SimNetwork, SimTransport
 
@@ -86,8 +86,7 @@ class Net:
 
 class LiveNet(Net):
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self.endpoint = f"tcp://127.0.0.1:{self._port}"
         self._relay: Relay | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from typing import Any
@@ -15,6 +14,7 @@ import zmq
 from common.net.transport import TransportError
 from common.net.zmq_transport import ZmqDealer, ZmqRouter, ZmqTransport
 from kvbaton.sockets import READ_BATCH
+from tests.ports import free_port
 
 FREE_PORT = "tcp://127.0.0.1:*"
 PATIENCE_S = 10.0
@@ -67,8 +67,7 @@ class Ends:
 
 def free_endpoint() -> str:
     """A loopback port where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture

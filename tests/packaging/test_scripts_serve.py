@@ -11,6 +11,8 @@ from typing import IO
 
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 
 DRIVER = """
@@ -41,13 +43,6 @@ http.server.HTTPServer(address, Handler).serve_forever()
 Serve = Callable[..., "subprocess.Popen[str]"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder, in a path with a blank, for the stand-ins."""
@@ -75,6 +70,8 @@ def serve(folder: Path) -> Iterator[Serve]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Tests may run under nohup, which scripts/serve heeds: it would not end at SIGHUP.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
         )
         started.append(process)
         return process

@@ -4,7 +4,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,18 +16,12 @@ from typing import IO
 import pytest
 
 from kvbaton import Client
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "KVBATON_TEST_MARKER"
 
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class Cluster:
