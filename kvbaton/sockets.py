@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 HIGH_WATER_MARK = 10_000  # messages a pipe holds
 READ_BATCH = 64
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # ZeroMQ hangs up on a peer that sends more
 COPY_BELOW_BYTES = 64 * 1024  # zero-copy pays for large frames only
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Keys of one end of a CURVE connection (Z85). `server_key` is the public key of the binding
+    end, for the one that connects; "" at the binding end."""
+
+    public_key: str
+    secret_key: str
+    server_key: str = ""
 
 
 class EventSocket:
@@ -42,6 +54,28 @@ class EventSocket:
         self._loop = asyncio.get_running_loop()
         self._pending: asyncio.Handle | None = None
         self._descriptor: int | None = None
+        self._monitor: EventSocket | None = None
+
+    def secure(self, curve: Curve) -> None:
+        """Encrypt and authenticate; before it is bound or connected."""
+        self.raw.setsockopt(zmq.CURVE_PUBLICKEY, curve.public_key.encode())
+        self.raw.setsockopt(zmq.CURVE_SECRETKEY, curve.secret_key.encode())
+        if curve.server_key:
+            self.raw.setsockopt(zmq.CURVE_SERVERKEY, curve.server_key.encode())
+        else:
+            self.raw.setsockopt(zmq.CURVE_SERVER, 1)
+
+    def watch(self, events: int, on_event: Callable[[int], None]) -> None:
+        """Call back with each of these zmq.EVENT_* that befalls its connections."""
+        name = f"inproc://monitor-{id(self)}"
+        self.raw.monitor(name, events)
+
+        def on_frames(frames: list[memoryview]) -> None:
+            on_event(int(parse_monitor_message([bytes(frame) for frame in frames])["event"]))
+
+        self._monitor = EventSocket(self.raw.context, zmq.PAIR, on_frames, linger_ms=0)
+        self._monitor.raw.connect(name)
+        self._monitor.start()
 
     def connect(self, endpoint: str) -> None:
         """Connect, again and again when the peer is away, and start. Raises zmq.ZMQError."""
@@ -81,6 +115,9 @@ class EventSocket:
             self._pending.cancel()
         if self._descriptor is not None:
             self._loop.remove_reader(self._descriptor)
+        if self._monitor is not None:
+            self.raw.disable_monitor()
+            self._monitor.close()
         self.raw.close()
 
     def _schedule(self) -> None:

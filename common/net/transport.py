@@ -44,8 +44,11 @@ class Transport(Protocol):
     def router(self, endpoint: str, handler: RouterHandler) -> RouterSocket:
         """Bind; port 0 or "*" takes a free port. Raises TransportError when it cannot."""
 
-    def dealer(self, endpoint: str, handler: DealerHandler) -> DealerSocket:
-        """Connect, now or as soon as the peer is there, with a fresh routing id."""
+    def dealer(
+        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+    ) -> DealerSocket:
+        """Connect, now or as soon as the peer is there, with a fresh routing id. `lost()` is called
+        when a connection that was there has ended."""
 
     def close(self) -> None: ...
 

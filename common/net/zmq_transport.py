@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import zmq
 
@@ -46,9 +47,15 @@ class ZmqDealer:
     """A connected DEALER. ZeroMQ gives it a fresh routing id each time, which restarts rely on."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, handler: DealerHandler
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        handler: DealerHandler,
+        lost: Callable[[], None] | None,
     ) -> None:
         self._socket = EventSocket(context, zmq.DEALER, handler, linger_ms=LINGER_MS)
+        if lost is not None:
+            self._socket.watch(zmq.EVENT_DISCONNECTED, lambda _event: lost())
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -71,8 +78,10 @@ class ZmqTransport:
     def router(self, endpoint: str, handler: RouterHandler) -> ZmqRouter:
         return ZmqRouter(self._context, endpoint, handler)
 
-    def dealer(self, endpoint: str, handler: DealerHandler) -> ZmqDealer:
-        return ZmqDealer(self._context, endpoint, handler)
+    def dealer(
+        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+    ) -> ZmqDealer:
+        return ZmqDealer(self._context, endpoint, handler, lost)
 
     def close(self) -> None:
         """Every socket must have been closed by its owner; last words get LINGER_MS."""

@@ -270,3 +270,17 @@ def test_an_answer_that_comes_while_sending_is_read_at_once(run: Callable[[Any],
             await asyncio.wait_for(done.wait(), PATIENCE_S)
 
     run(main())
+
+
+async def test_a_dealer_is_told_when_the_other_end_has_gone(ends: Ends) -> None:
+    lost = asyncio.Event()
+    inbox = Inbox()
+    router = ends.router(inbox.on_router)
+    transport = ZmqTransport()
+    dealer = transport.dealer(router.endpoint, Inbox().on_dealer, lost.set)
+    with closing(transport), closing(dealer):
+        dealer.send([b"hello"])
+        await inbox.get()
+        assert not lost.is_set()
+        router.close()
+        await asyncio.wait_for(lost.wait(), 5)

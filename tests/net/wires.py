@@ -66,7 +66,9 @@ class Wires:
         self._to_router = handler
         return self._router
 
-    def dealer(self, _endpoint: str, handler: DealerHandler) -> DealerEnd:
+    def dealer(
+        self, _endpoint: str, handler: DealerHandler, _lost: Callable[[], None] | None = None
+    ) -> DealerEnd:
         self._to_dealer = handler
         return self._dealer
 

@@ -314,12 +314,18 @@ class SimDealer:
     """Implements transport.DealerSocket."""
 
     def __init__(
-        self, network: SimNetwork, pid: int, endpoint: str, handler: DealerHandler
+        self,
+        network: SimNetwork,
+        pid: int,
+        endpoint: str,
+        handler: DealerHandler,
+        lost: Callable[[], None] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.pid = pid
         self.name = network.names.get(pid, str(pid))
         self.handler = handler
+        self._lost = lost
         self.context = copy_context()
         self.is_open = True
         self.outgoing = Pipe(self, network.high_water_mark, to_router=True)
@@ -336,6 +342,12 @@ class SimDealer:
         last_at = self.incoming.last_at
         self.connection = self._network.new_connection(self)
         self.incoming.last_at = last_at
+        if self._lost is not None:
+            virtual_loop().call_later(NOTICE_S, self._tell_lost, context=self.context)
+
+    def _tell_lost(self) -> None:
+        if self.is_open and self._lost is not None:
+            self._lost()
 
     def send(self, frames: Frames) -> bool:
         return self.is_open and self._network.carry(self.outgoing, self.connection, frames)
@@ -357,8 +369,10 @@ class SimTransport:
     def router(self, endpoint: str, handler: RouterHandler) -> SimRouter:
         return SimRouter(self._network, self._pid, endpoint, handler)
 
-    def dealer(self, endpoint: str, handler: DealerHandler) -> SimDealer:
-        return SimDealer(self._network, self._pid, endpoint, handler)
+    def dealer(
+        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+    ) -> SimDealer:
+        return SimDealer(self._network, self._pid, endpoint, handler, lost)
 
     def close(self) -> None:
         """Sockets are closed by their owners."""
