@@ -23,6 +23,10 @@ class ConfigError(StartError):
     """A setting has a value it cannot have; the message names the setting and the limit."""
 
 
+KEYS_HELP = "folder of this process's key and public.json, made by scripts/keygen"
+INSECURE_HELP = "no keys and no encryption; on loopback alone"
+
+
 def setting(default: Any, help_text: str, *, low: float | None = None, choices: str = "") -> Any:
     """A dataclass field with its help text and limits. `choices` are separated by blanks."""
     metadata = {"help": help_text, "low": low, "choices": tuple(choices.split())}

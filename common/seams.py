@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -36,10 +37,16 @@ class Disk(Protocol):
     """Memory shared by the processes of one host, by name."""
 
     def create_arena(self, path: str, num_bytes: int) -> memoryview:
-        """Reserve and map a new arena; raises ArenaError when there is no room for it."""
+        """Reserve and map a new arena in the place of what a dead process left there. Raises
+        NoRoomError when there is no room for it, ArenaError when its owner is alive."""
 
-    def sweep_arenas(self, folder: str) -> list[str]:
-        """Remove the arenas in `folder` whose owners are dead; returns their paths."""
+    def open_arena(self, path: str, num_bytes: int = 0) -> memoryview | None:
+        """Take over and map what a dead process left there; None if there is nothing, or not of
+        this size. Raises ArenaError when its owner is alive."""
+
+    def sweep_arenas(self, folder: str, *, keep_journaled: bool = False) -> list[str]:
+        """Remove the arenas in `folder` whose owners are dead, unless they can be taken over and
+        are to be kept; returns their paths."""
 
     def reserve(self, num_bytes: int) -> memoryview:
         """Private memory, taken page by page as it is touched."""
@@ -58,6 +65,10 @@ class Processes(Protocol):
     def on_exit(self, pid: int, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` once the process has ended, soon if it has already; returns a way to stop
         watching. A process that cannot be watched counts as running."""
+
+    def started_at(self, pid: int) -> int:
+        """When the process began, by the system's count: another one of the same number began at
+        another time. 0 if it cannot be told."""
 
 
 class Files(Protocol):
@@ -140,3 +151,10 @@ class LiveProcesses:
 
         loop.add_reader(descriptor, ended)
         return stop
+
+    def started_at(self, pid: int) -> int:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return 0
+        return int(stat.rpartition(")")[2].split()[19])

@@ -17,6 +17,7 @@ from common.config import StartError
 from common.files import LiveFiles
 from common.kv.arena import LiveDisk
 from common.log import configure_logging
+from common.net.access import Access
 from common.net.transport import Transport
 from common.net.zmq_transport import ZmqTransport
 from common.seams import Clock, Disk, Files, LiveClock, LiveProcesses, LiveRng, Processes, Rng
@@ -130,27 +131,42 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def serve(name: str, log_level: str, make_service: Callable[[Seams], Service]) -> int:
+async def serve(
+    name: str, log_level: str, access: Access, make_service: Callable[[Seams], Service]
+) -> int:
     """The whole life of a service's process. Returns the exit status."""
     configure_logging(log_level, name)
-    seams = live_seams()
     try:
-        return await run_service(make_service(seams))
+        keys = access.load()
+        if keys is None:
+            log.warning("insecure", reason="no keys: whoever reaches the ports may say anything")
+        transport = ZmqTransport(keys)
+        return await _serve(live_seams(transport), transport, make_service)
     except StartError as error:
         log.error("cannot_start", reason=str(error))
         return EXIT_MISCONFIGURED
+
+
+async def _serve(
+    seams: Seams, transport: ZmqTransport, make_service: Callable[[Seams], Service]
+) -> int:
+    try:
+        await transport.prove()
+        return await run_service(make_service(seams))
     finally:
-        seams.transport.close()
+        transport.close()
         seams.files.close()
 
 
-def live_seams() -> Seams:
-    """The real world. A host is named by its boot and its process namespace: containers of one
-    machine share neither process ids nor, as a rule, /dev/shm."""
+def live_seams(transport: Transport | None = None) -> Seams:
+    """The real world; without keys unless `transport` has some.
+
+    A host is named by its boot and its process namespace: containers of one machine share neither
+    process ids nor, as a rule, /dev/shm."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     host_id = f"{boot_id}/{Path('/proc/self/ns/pid').readlink()}"
     return Seams(
-        transport=ZmqTransport(),
+        transport=transport or ZmqTransport(),
         clock=LiveClock(),
         rng=LiveRng(),
         disk=LiveDisk(),

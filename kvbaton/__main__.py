@@ -18,11 +18,13 @@ import msgspec
 from kvbaton.ask import audit, why_block, why_request
 from kvbaton.client import DEFAULT_ENDPOINT
 from kvbaton.errors import ConnectionLostError, ForbiddenError, KvbatonError
+from kvbaton.keys import KEYS_VARIABLE
 from kvbaton.protocol import Audited, Told
 from kvbaton.tables import Part, audit_parts, draw, plain_lines, why_parts
 
 KEY_FILE_VARIABLE = "KVBATON_ADMIN_KEY_FILE"
 DEFAULT_KEY_FILE = Path(".run/admin-key")  # where the checkout's own clusters have theirs
+DEFAULT_KEYS = Path(".run/keys")
 EXIT_CANNOT_ASK = 2
 
 _BLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,9})")
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _CannotAskError as error:
         reason = str(error)
     except ForbiddenError as error:
-        reason = f"{error.message} (the key is from {_key_file(options.admin_key_file)})"
+        at_fault = f"the key is from {_key_file(options.admin_key_file)}"
+        if error.field != "admin_key":
+            at_fault = f"the keys are {_keys(options) or 'none'}, --keys names others"
+        reason = f"{error.message} ({at_fault})"
     except ConnectionLostError as error:
         reason = f"{error.message}: is there a gateway? --gateway names another"
     except KvbatonError as error:
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _audit(options: argparse.Namespace, key: str) -> int:
-    answer = audit(options.gateway, key)
+    answer = audit(options.gateway, key, _keys(options))
     _show(answer, audit_parts(answer), as_json=options.json)
     if any(store.problem for store in answer.stores):
         return EXIT_CANNOT_ASK
@@ -61,10 +66,11 @@ def _audit(options: argparse.Namespace, key: str) -> int:
 def _why(options: argparse.Namespace, key: str) -> int:
     match = None if options.request else _BLOCK.fullmatch(options.what)
     if match is None:
-        answer = why_request(options.gateway, key, options.what)
+        answer = why_request(options.gateway, key, options.what, _keys(options))
     else:
         store, block = match.groups()
-        answer = why_block(options.gateway, key, int(block), None if store is None else int(store))
+        number = None if store is None else int(store)
+        answer = why_block(options.gateway, key, int(block), number, _keys(options))
     _show(answer, why_parts(answer), as_json=options.json)
     if problems := [each.problem for each in answer.stores if each.problem]:
         raise _CannotAskError(f"not every KV store could be asked: {problems[0]}")
@@ -82,6 +88,13 @@ def _show(answer: Audited | Told, parts: Iterator[Part], *, as_json: bool) -> No
 def _key_file(given: Path | None) -> Path:
     named = os.environ.get(KEY_FILE_VARIABLE)
     return given or (Path(named) if named else DEFAULT_KEY_FILE)
+
+
+def _keys(options: argparse.Namespace) -> str:
+    """What connects to the gateway; "" for nothing."""
+    default = str(DEFAULT_KEYS) if DEFAULT_KEYS.exists() else ""
+    named: str | None = options.keys
+    return os.environ.get(KEYS_VARIABLE, default) if named is None else named
 
 
 def _admin_key(given: Path | None) -> str:
@@ -105,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         help=f"the gateway's admin key (default: {KEY_FILE_VARIABLE}, then {DEFAULT_KEY_FILE})",
+    )
+    shared.add_argument(
+        "--keys",
+        metavar="PATH",
+        help="admin.key of the cluster, or the folder that it is in; '' for a cluster without keys "
+        f"(default: {KEYS_VARIABLE}, then {DEFAULT_KEYS})",
     )
     shared.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser = argparse.ArgumentParser(prog="python -m kvbaton", allow_abbrev=False)

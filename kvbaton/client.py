@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Self, Unpack
 
-from kvbaton.connection import Gateway
+from kvbaton.gateways import Gateways
 from kvbaton.generation import GenerationBase
-from kvbaton.protocol import PING_INTERVAL_S, Token, Welcome
-from kvbaton.request import RequestOptions, encode_request
+from kvbaton.keys import client_curve
+from kvbaton.protocol import PING_INTERVAL_S, Generate, Token, Welcome
+from kvbaton.request import RequestOptions, make_request
+from kvbaton.resume import RESUME_S, ResumableRequest
 from kvbaton.session import Event
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -30,10 +34,12 @@ class AsyncGeneration(GenerationBase):
     Cancelling the task that waits for a token cancels the request.
     """
 
-    def __init__(self, gateway: Gateway, request_id: int, raw: bytes) -> None:
-        super().__init__(asyncio.get_running_loop(), partial(gateway.cancel, request_id))
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        gateway.start(request_id, raw, self._events.put_nowait)
+    def __init__(self, gateways: Gateways, message: Generate) -> None:
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        request = ResumableRequest(message, events.put_nowait)
+        super().__init__(asyncio.get_running_loop(), partial(gateways.cancel, request.id))
+        self._events = events
+        gateways.start(request)
 
     def __aiter__(self) -> Self:
         return self
@@ -52,21 +58,30 @@ class AsyncGeneration(GenerationBase):
 
 
 class AsyncClient:
-    """A connection to one gateway, for any number of requests at once.
+    """Connections to one or more gateways, for any number of requests at once.
 
-    A gateway that gives no sign of life, or restarts, fails the requests in flight with
-    ConnectionLostError; the next request connects again. Belongs to one event loop.
+    Where a gateway ends, restarts, gives no sign of life or is not ready, its requests go on at
+    another, or at the same when it is back, after the tokens they have. One that finds no gateway
+    for `resume_s`, or for `connect_timeout_s` before there ever was one, raises ConnectionLostError
+    or the gateway's reason. `keys` is a client's key file or the folder that it is in; "" connects
+    without, None as KVBATON_KEYS says. Belongs to one event loop.
     """
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoints: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
+        keys: Path | str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         ping_interval_s: float = PING_INTERVAL_S,
+        resume_s: float = RESUME_S,
     ) -> None:
-        self._gateway = Gateway(
-            endpoint, connect_timeout_s=connect_timeout_s, ping_interval_s=ping_interval_s
+        self._gateways = Gateways(
+            endpoints,
+            curve=client_curve(keys),
+            connect_timeout_s=connect_timeout_s,
+            ping_interval_s=ping_interval_s,
+            resume_s=resume_s,
         )
         self._request_ids = itertools.count(1)
 
@@ -75,7 +90,7 @@ class AsyncClient:
 
         Raises ConnectionLostError without a welcome in time, ProtocolError if it is refused.
         """
-        return await self._gateway.connect()
+        return await self._gateways.connect()
 
     def generate(
         self, text: str | None = None, **options: Unpack[RequestOptions]
@@ -86,12 +101,12 @@ class AsyncClient:
         TypeError for an unknown one, UnprocessableError and TooLargeError for what cannot be sent;
         iteration raises the kvbaton.errors that end the request.
         """
-        request_id = next(self._request_ids)
-        return AsyncGeneration(self._gateway, request_id, encode_request(request_id, text, options))
+        message = make_request(next(self._request_ids), text, options)
+        return AsyncGeneration(self._gateways, message)
 
     async def close(self) -> None:
-        """Cancel what is in flight and close the connection. Idempotent."""
-        self._gateway.close()
+        """Cancel what is in flight and close the connections. Idempotent."""
+        self._gateways.close()
 
     async def __aenter__(self) -> Self:
         try:

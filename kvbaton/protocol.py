@@ -52,10 +52,21 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     max_model_len: int | None = None
 
 
+class Resume(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Where a request goes on: `request_id` and `seed` as a gateway had accepted it, the output
+    that its client has, and its `finish_reason` if that was all."""
+
+    request_id: str
+    seed: int
+    tokens: list[int] = []
+    finish_reason: str | None = None
+
+
 class Generate(_Message, frozen=True, tag="generate"):
     """Ask for tokens. `id` is the client's own number, unique among its requests in flight.
 
-    Exactly one of `text`, `token_ids` and `messages` is given.
+    Exactly one of `text`, `token_ids` and `messages` is given. `resumable` asks for `accepted`.
+    With `resume`, only the tokens that come after those in it are sent.
     """
 
     id: int
@@ -67,6 +78,8 @@ class Generate(_Message, frozen=True, tag="generate"):
     stop: list[str] = []
     deadline_ms: int | None = None
     cache_salt: str | None = None
+    resumable: bool = False
+    resume: Resume | None = None
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
@@ -105,6 +118,15 @@ class Pong(_Message, frozen=True, tag="pong"):
     instance_id: str
 
 
+class Accepted(_Message, frozen=True, tag="accepted"):
+    """Request `id`, which is resumable, is under way. `request_id` and `seed` are what another
+    gateway has to be told, should this one be lost."""
+
+    id: int
+    request_id: str
+    seed: int
+
+
 class Token(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """One output token. `text` may be empty: a character may need several tokens."""
 
@@ -116,10 +138,12 @@ class Token(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Tokens(_Message, frozen=True, tag="tokens"):
-    """The next tokens of request `id`, in order of index, without gaps."""
+    """The next tokens of request `id`, in order of index, without gaps. With a finish reason they
+    are the last, and `done` follows."""
 
     id: int
     tokens: list[Token]
+    finish_reason: str | None = None
 
 
 class Usage(msgspec.Struct, kw_only=True, frozen=True):
@@ -184,7 +208,7 @@ class Error(_Message, frozen=True, tag="error"):
 HELLO_REQUIRED = "hello_required"
 
 ClientMessage = Hello | Generate | Cancel | Ping | Audit | Why
-GatewayMessage = Welcome | Tokens | Done | Error | Pong | Audited | Told
+GatewayMessage = Welcome | Accepted | Tokens | Done | Error | Pong | Audited | Told
 
 
 def client_message_decoder() -> Decoder[ClientMessage]:

@@ -44,9 +44,9 @@ class RequestOptions(TypedDict, total=False):
     logprobs: int | None
 
 
-def encode_request(request_id: int, text: str | None, options: RequestOptions) -> bytes:
-    """The encoded message. Raises TypeError for an unknown option, UnprocessableError for a value
-    of the wrong type, TooLargeError for a message over the protocol's limit."""
+def make_request(request_id: int, text: str | None, options: RequestOptions) -> Generate:
+    """The message. Raises TypeError for an unknown option, UnprocessableError for a value of the
+    wrong type."""
     unknown = options.keys() - RequestOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"generate() has no option {', '.join(sorted(unknown))}")
@@ -60,12 +60,20 @@ def encode_request(request_id: int, text: str | None, options: RequestOptions) -
                 fields[name] = list(fields[name])
         if "deadline_s" in fields:
             fields["deadline_ms"] = math.ceil(fields.pop("deadline_s") * 1000)
-        message = msgspec.convert(
+        return msgspec.convert(
             {"type": "generate", "id": request_id, "text": text, "sampling": sampling, **fields},
             Generate,
         )
-        raw = encode(message)
     except (TypeError, ValueError, OverflowError) as error:
+        raise UnprocessableError(f"not a request of this protocol: {error}") from error
+
+
+def encode_request(message: Generate) -> bytes:
+    """Raises UnprocessableError for what has no bytes, TooLargeError for more than the protocol's
+    limit of them."""
+    try:
+        raw = encode(message)
+    except (ValueError, OverflowError) as error:
         raise UnprocessableError(f"not a request of this protocol: {error}") from error
     if len(raw) > MAX_REQUEST_BYTES:
         raise TooLargeError(f"the request has {len(raw)} bytes, the limit is {MAX_REQUEST_BYTES}")

@@ -22,6 +22,7 @@ from kvbaton.errors import (
 from kvbaton.protocol import (
     HELLO_REQUIRED,
     PROTOCOL_VERSION,
+    Accepted,
     Audited,
     Cancel,
     Done,
@@ -36,8 +37,8 @@ from kvbaton.protocol import (
 
 MAX_SILENT_TICKS = 3
 
-# What a request hears: tokens, then one of the others, which is the last.
-Event = Tokens | Done | Audited | Told | KvbatonError
+# What a request hears: that it is accepted, tokens, then one of the others, which is the last.
+Event = Accepted | Tokens | Done | Audited | Told | KvbatonError
 
 
 @dataclass(slots=True)
@@ -64,6 +65,15 @@ class Session:
         self._is_greeting = False
         self._num_silent_ticks = 0
         self._requests: dict[int, _Request] = {}
+
+    @property
+    def is_welcome(self) -> bool:
+        """Whether requests can be sent; those made before wait."""
+        return self.welcome is not None and self.error is None
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
 
     def greet(self) -> None:
         """Say hello. One at a time: a second would make the gateway drop what came between."""
@@ -94,7 +104,7 @@ class Session:
     def receive(self, message: GatewayMessage) -> None:
         """Take in one message."""
         self._num_silent_ticks = 0
-        if isinstance(message, Tokens):
+        if isinstance(message, Accepted | Tokens):
             request = self._requests.get(message.id)
             if request is not None:
                 request.sink(message)

@@ -17,6 +17,8 @@ from zmq.utils.monitor import parse_monitor_message
 HIGH_WATER_MARK = 10_000  # messages a pipe holds
 READ_BATCH = 64
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # ZeroMQ hangs up on a peer that sends more
+HANDSHAKE_TIMEOUT_MS = 10_000  # and on one that has not said by then who it is
+ZAP_DOMAIN = b"kvbaton"
 COPY_BELOW_BYTES = 64 * 1024  # zero-copy pays for large frames only
 
 
@@ -33,7 +35,9 @@ class Curve:
 class EventSocket:
     """One socket: what arrives goes to `on_frames`, sends never wait.
 
-    Configure `raw`, then `connect`, or bind it and `start`. Belongs to the loop that made it.
+    `user` is who sent what `on_frames` is given, in the words of the ZAP handler; "" where peers
+    need no key. Configure `raw`, then `connect`, or bind it and `start`. Belongs to the loop that
+    made it.
     """
 
     def __init__(
@@ -44,26 +48,33 @@ class EventSocket:
         *,
         linger_ms: int,
     ) -> None:
+        self.user = ""
         self.raw = context.socket(kind)
         self.raw.setsockopt(zmq.LINGER, linger_ms)
         self.raw.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self.raw.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         self.raw.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self.raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
         self.raw.setsockopt(zmq.IPV6, 1)
         self._on_frames = on_frames
+        self._knows_users = False
         self._loop = asyncio.get_running_loop()
         self._pending: asyncio.Handle | None = None
         self._descriptor: int | None = None
         self._monitor: EventSocket | None = None
 
     def secure(self, curve: Curve) -> None:
-        """Encrypt and authenticate; before it is bound or connected."""
+        """Encrypt and authenticate; before it is bound or connected. To bind takes a ZAP handler:
+        without one everybody is refused."""
         self.raw.setsockopt(zmq.CURVE_PUBLICKEY, curve.public_key.encode())
         self.raw.setsockopt(zmq.CURVE_SECRETKEY, curve.secret_key.encode())
         if curve.server_key:
             self.raw.setsockopt(zmq.CURVE_SERVERKEY, curve.server_key.encode())
         else:
             self.raw.setsockopt(zmq.CURVE_SERVER, 1)
+            self.raw.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            self.raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            self._knows_users = True
 
     def watch(self, events: int, on_event: Callable[[int], None]) -> None:
         """Call back with each of these zmq.EVENT_* that befalls its connections."""
@@ -80,7 +91,7 @@ class EventSocket:
     def connect(self, endpoint: str) -> None:
         """Connect, again and again when the peer is away, and start. Raises zmq.ZMQError."""
         self.raw.setsockopt(zmq.RECONNECT_IVL, 50)
-        self.raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self.raw.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         self.raw.connect(endpoint)
         self.start()
 
@@ -136,6 +147,8 @@ class EventSocket:
             except zmq.Again:
                 return
             try:
+                if self._knows_users:
+                    self.user = cast(str, frames[-1].get("User-Id"))
                 self._on_frames([frame.buffer for frame in frames])
             except BaseException:
                 self._schedule()  # no further edge would tell of what is left

@@ -16,26 +16,29 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from kvbaton.client import CONNECT_TIMEOUT_S, DEFAULT_ENDPOINT
-from kvbaton.connection import Gateway
 from kvbaton.errors import ConnectionLostError
+from kvbaton.gateways import Gateways
 from kvbaton.generation import GenerationBase
-from kvbaton.protocol import PING_INTERVAL_S, Token, Welcome
-from kvbaton.request import RequestOptions, encode_request
+from kvbaton.keys import client_curve
+from kvbaton.protocol import PING_INTERVAL_S, Generate, Token, Welcome
+from kvbaton.request import RequestOptions, make_request
+from kvbaton.resume import RESUME_S, ResumableRequest
 from kvbaton.session import Event
 
 T = TypeVar("T")
 
 
-class _GatewayThread:
-    """An event loop on a daemon thread, and the gateway that lives on it."""
+class _ClientThread:
+    """An event loop on a daemon thread, and what lives on it."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
+    def __init__(self, gateways: Gateways) -> None:
+        self.gateways = gateways
         self.loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._is_stopped = False
@@ -62,7 +65,7 @@ class _GatewayThread:
             raise ConnectionLostError("the client was closed") from error
 
     def stop(self) -> None:
-        """Close the gateway and end the thread. Idempotent; the garbage collector may call it."""
+        """Close all and end the thread. Idempotent; the garbage collector may call it."""
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped = True
@@ -82,17 +85,19 @@ class _GatewayThread:
         self._stop = asyncio.Event()
         is_running.set()
         await self._stop.wait()
-        self.gateway.close()
+        self.gateways.close()
 
 
 class Generation(GenerationBase):
     """The tokens of one request, as an iterator for one thread."""
 
-    def __init__(self, client: Client, thread: _GatewayThread, request_id: int, raw: bytes) -> None:
-        super().__init__(thread.loop, partial(thread.gateway.cancel, request_id))
+    def __init__(self, client: Client, thread: _ClientThread, message: Generate) -> None:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = ResumableRequest(message, events.put)
+        super().__init__(thread.loop, partial(thread.gateways.cancel, request.id))
         self._client = client  # who only keeps this keeps the client from being closed
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        thread.call_soon(partial(thread.gateway.start, request_id, raw, self._events.put))
+        self._events = events
+        thread.call_soon(partial(thread.gateways.start, request))
 
     def __iter__(self) -> Self:
         return self
@@ -115,14 +120,21 @@ class Client:
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoints: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
+        keys: Path | str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         ping_interval_s: float = PING_INTERVAL_S,
+        resume_s: float = RESUME_S,
     ) -> None:
-        self._thread = _GatewayThread(
-            Gateway(endpoint, connect_timeout_s=connect_timeout_s, ping_interval_s=ping_interval_s)
+        gateways = Gateways(
+            endpoints,
+            curve=client_curve(keys),
+            connect_timeout_s=connect_timeout_s,
+            ping_interval_s=ping_interval_s,
+            resume_s=resume_s,
         )
+        self._thread = _ClientThread(gateways)
         self._request_ids = itertools.count(1)
         weakref.finalize(self, self._thread.stop)
 
@@ -131,16 +143,15 @@ class Client:
 
         Raises ConnectionLostError without a welcome in time, ProtocolError if it is refused.
         """
-        return self._thread.result(self._thread.gateway.connect)
+        return self._thread.result(self._thread.gateways.connect)
 
     def generate(self, text: str | None = None, **options: Unpack[RequestOptions]) -> Generation:
         """Start a request; iterate over what is returned. See AsyncClient.generate."""
-        request_id = next(self._request_ids)
-        raw = encode_request(request_id, text, options)
-        return Generation(self, self._thread, request_id, raw)
+        message = make_request(next(self._request_ids), text, options)
+        return Generation(self, self._thread, message)
 
     def close(self) -> None:
-        """Cancel what is in flight and close the connection. Idempotent."""
+        """Cancel what is in flight and close the connections. Idempotent."""
         self._thread.stop()
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from pathlib import Path
 
 from common.config import StartError
@@ -29,24 +30,29 @@ _LIBC.mmap.argtypes = [
 
 
 ARENA_PREFIX = "kvbaton-arena-"
+JOURNAL_SUFFIX = ".journal"  # of what tells the next store what an arena holds
 
 
 class ArenaError(StartError):
     """The arena cannot be made or mapped; the message says what to do."""
 
 
+class NoRoomError(ArenaError):
+    """There is too little room for the arena."""
+
+
 class LiveDisk:
-    """Arenas as memory-mapped files, mode 0600."""
+    """Arenas as memory-mapped files, mode 0600.
+
+    A file is locked while its owner maps it, which tells that the owner is alive: the mapping keeps
+    a duplicate of the descriptor, and the lock goes with the last of these. Whoever removes or
+    replaces one that was left has locked it before.
+    """
 
     def create_arena(self, path: str, num_bytes: int) -> memoryview:
-        """Reserve every page now: a full /dev/shm is an error here and not a SIGBUS later.
-
-        The file stays locked while it is mapped, which tells that its owner is alive: the mapping
-        keeps a duplicate of the descriptor, and the lock goes with the last of these.
-        """
+        """Reserve every page now: a full /dev/shm is an error here and not a SIGBUS later."""
         descriptor = self._create(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(descriptor, 0, num_bytes)
             return memoryview(mmap.mmap(descriptor, num_bytes))
         except (OSError, OverflowError) as error:
@@ -57,23 +63,24 @@ class LiveDisk:
         finally:
             os.close(descriptor)
 
-    def sweep_arenas(self, folder: str) -> list[str]:
+    def open_arena(self, path: str, num_bytes: int = 0) -> memoryview | None:
+        descriptor = self._take(path)
+        if descriptor is None:
+            return None
+        try:
+            size = os.fstat(descriptor).st_size
+            fits = size > 0 and num_bytes in (0, size)
+            return memoryview(mmap.mmap(descriptor, size)) if fits else None
+        finally:
+            os.close(descriptor)
+
+    def sweep_arenas(self, folder: str, *, keep_journaled: bool = False) -> list[str]:
         swept = []
-        for path in Path(folder).glob(ARENA_PREFIX + "*"):
-            try:
-                descriptor = os.open(path, os.O_RDWR)
-            except OSError:
-                continue  # another user's, or gone by now
-            try:
-                if not os.fstat(descriptor).st_size:
-                    continue  # just made, and not locked yet
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
+        for path in sorted(Path(folder).glob(ARENA_PREFIX + "*")):
+            arena = str(path).removesuffix(JOURNAL_SUFFIX)
+            is_pair = Path(arena).exists() and Path(arena + JOURNAL_SUFFIX).exists()
+            if not (keep_journaled and is_pair) and _sweep(path):
                 swept.append(str(path))
-            except BlockingIOError:
-                pass  # its owner is alive
-            finally:
-                os.close(descriptor)
         return swept
 
     def reserve(self, num_bytes: int) -> memoryview:
@@ -97,12 +104,32 @@ class LiveDisk:
         Path(path).unlink(missing_ok=True)
 
     def _create(self, path: str) -> int:
-        """A descriptor of a new, empty file that only its owner may open."""
+        """A descriptor of a new, empty file that only its owner may open, locked."""
+        left = self._take(path)
         try:
             Path(path).unlink(missing_ok=True)
-            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         except OSError as error:
             raise ArenaError(f"cannot create the KV arena {path}: {error.strerror}") from error
+        finally:
+            if left is not None:
+                os.close(left)
+        _lock(path, descriptor)
+        return descriptor
+
+    def _take(self, path: str) -> int | None:
+        """A descriptor of the file there, locked; None if it is none of ours."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        stats = os.fstat(descriptor)
+        is_ours = stat.S_ISREG(stats.st_mode) and stats.st_uid == os.geteuid()
+        if not is_ours or stats.st_mode & 0o077:
+            os.close(descriptor)
+            return None
+        _lock(path, descriptor)
+        return descriptor
 
     def _open(self, path: str) -> int:
         try:
@@ -111,11 +138,43 @@ class LiveDisk:
             raise ArenaError(f"cannot open the KV arena {path}: {error.strerror}") from error
 
 
-def _no_room(path: str, num_bytes: int) -> ArenaError:
+def _lock(path: str, descriptor: int) -> None:
+    """Whoever has the lock owns the arena of this name. Raises ArenaError, and closes."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
+            return
+    except OSError:  # locked, or removed meanwhile
+        pass
+    os.close(descriptor)
+    raise ArenaError(
+        f"another process uses the KV arena {path}: give each store its own --name or --bind"
+    )
+
+
+def _sweep(path: Path) -> bool:
+    """Remove a file whose owner is dead."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False  # another user's, or gone by now
+    try:
+        if not os.fstat(descriptor).st_size:
+            return False  # just made, and not locked yet
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False  # its owner is alive
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _no_room(path: str, num_bytes: int) -> NoRoomError:
     folder = Path(path).parent
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
-    return ArenaError(
+    return NoRoomError(
         f"{folder} has {free} bytes free but the KV arena needs {num_bytes}: make it larger "
         f"(mount -o remount,size={num_bytes + (1 << 26)} {folder}), ask for less with --kv-bytes, "
         f"or put the arena elsewhere with --arena-dir /var/tmp (a disk-backed file is slower)"

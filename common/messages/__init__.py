@@ -63,6 +63,7 @@ from common.messages.handoffs import (
     Seal,
     Sealed,
     Suspend,
+    Yield,
 )
 from common.messages.requests import (
     Dropped,
@@ -132,12 +133,13 @@ __all__ = [
     "TokenId",
     "Told",
     "Welcome",
+    "Yield",
     "decoder",
 ]
 
 ToStore = (
     Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
-    | Release | Suspend | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
+    | Release | Suspend | Yield | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
     | AskAudit | AskWhy | Holdings
 )  # fmt: skip
 FromStore = (

@@ -11,7 +11,7 @@ from common.kv.layout import KvLayout
 from kvbaton.admin import MAX_ID_CHARS
 from kvbaton.errors import KvbatonError
 
-INTERNAL_VERSION = 2
+INTERNAL_VERSION = 3
 
 
 class StaleError(KvbatonError):
@@ -46,12 +46,14 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"
 
 
 class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed."""
+    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed.
+    `is_draining`: it ends what it has, or hands it on, and takes nothing new."""
 
     num_running: Count = 0
     num_waiting: Count = 0
     num_tokens_queued: Count = 0
     tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    is_draining: bool = False
 
 
 class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

@@ -9,6 +9,7 @@ from common.messages.base import (
     Member,
     MemberId,
     Message,
+    RequestName,
     Stamp,
     TokenId,
 )
@@ -19,7 +20,8 @@ from common.messages.base import (
 class OpenHandoff(Message, tag="open"):
     """Gateway: reserve room for a prompt and pin its cached blocks. Answered by HandoffOpened once
     there is room. `keys` are those of the prompt's full blocks, `root_key` their first parent;
-    `tenant` tells whose share of the cache they count for."""
+    `tenant` tells whose share of the cache they count for. `after` names a handoff of this gateway
+    that cannot go on, or shall not: it ends, and what is computed of it passes on to this one."""
 
     request_id: str
     prefill_id: MemberId
@@ -28,6 +30,7 @@ class OpenHandoff(Message, tag="open"):
     root_key: Key
     keys: list[Key]
     num_tokens: Count
+    after: RequestName = ""
 
 
 class AbortHandoff(Message, tag="abort"):
@@ -80,6 +83,15 @@ class Suspend(_HandoffStep, tag="suspend"):
     num_tokens: Count
 
 
+class Yield(_HandoffStep, tag="yield"):
+    """Decode, before it leaves: I write no more, the first `num_tokens` positions are computed.
+    `blocks` follow the committed ones: the unfinished last block, if there is one. Answered by ok;
+    the gateway then goes on from here with `open`."""
+
+    num_tokens: Count
+    blocks: list[Block]
+
+
 class Quit(_HandoffStep, tag="quit"):
     """A worker gives a handoff up, or confirms that it was told of an abort: its step has ended, it
     writes no more into the handoff's blocks."""
@@ -124,11 +136,13 @@ class Discard(_HandoffStep, tag="discard"):
 
 
 class HandoffOpened(Message, tag="opened"):
-    """Room is reserved. The first `num_cached_blocks` blocks are pinned and need no computing."""
+    """Room is reserved. The first `num_cached_blocks` blocks are pinned and need no computing.
+    `is_whole`: all positions but the last are computed, decode can claim at once."""
 
     handoff_id: str
     epoch: int
     num_cached_blocks: int
+    is_whole: bool = False
 
 
 class Granted(Message, tag="granted"):

@@ -40,10 +40,12 @@ class _Request(Message):
 class Reserve(_Request, tag="reserve"):
     """Gateway to decode: keep a place for this request. Answered by ok when there is one.
 
-    `prefill_here`: compute the prompt yourself.
+    `prefill_here`: compute the prompt yourself. `first_token`: the KV of all `tokens` is there,
+    claim it and go on after this one.
     """
 
     prefill_here: bool = False
+    first_token: TokenId | None = None
 
 
 class Prefill(_Request, tag="prefill"):

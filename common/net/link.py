@@ -21,13 +21,14 @@ CALL_TIMEOUT_S = 60.0
 
 
 class Link:
-    """A DEALER that speaks common.messages.
+    """A DEALER that speaks common.messages, where keys are used only with who has that of `role`.
 
     `handle(message)` gets what is pushed, and answers that nobody waits for any more: they may have
     brought something that must be given back. `welcomed(welcome)` runs at each welcome: at first,
     and whenever the connection was started anew: the other end had forgotten us (it restarted, or
     the connection broke), or a message was lost. Calls in flight then fail with
-    ConnectionLostError. `refused(error)` runs when our hello is refused.
+    ConnectionLostError. `refused(error)` runs when our hello is refused, `lost()` when a
+    connection that was there has ended: the transport connects again by itself.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Link:
         endpoint: str,
         decoder: Decoder[Message],
         *,
+        role: str = "",
         hello: Callable[[], Hello],
         welcomed: Callable[[Welcome], None],
         handle: Callable[[Message], None],
         refused: Callable[[KvbatonError], None],
+        lost: Callable[[], None] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._decoder = decoder
@@ -58,7 +61,7 @@ class Link:
         self._must_greet = False
         self.is_introduced = False  # our last hello was queued: the other end may know us by it
         self._loop = asyncio.get_running_loop()
-        self._socket = transport.dealer(endpoint, self._on_frames)
+        self._socket = transport.dealer(endpoint, self._on_frames, lost, role)
         self._say_hello()
 
     def send(self, message: Message, bulk: Sequence[Frame] = ()) -> None:

@@ -10,10 +10,13 @@ import msgspec
 import structlog
 
 from common.messages import INTERNAL_VERSION, Failed, Hello, Member, Message, Welcome
+from common.messages.rights import Rights, violation
+from common.net.access import role_of
 from common.net.order import Incoming, Verdict, is_first, read
+from common.net.refusals import Refusals
 from common.net.transport import Frame, Transport
 from kvbaton.codec import Decoder, encode
-from kvbaton.errors import KvbatonError, ProtocolError
+from kvbaton.errors import ForbiddenError, KvbatonError, ProtocolError
 from kvbaton.protocol import HELLO_REQUIRED
 
 log = structlog.get_logger()
@@ -44,7 +47,7 @@ class _Connection:
 
 
 class Server:
-    """A ROUTER that speaks common.messages.
+    """A ROUTER that speaks common.messages with those who have `rights`.
 
     `accept(peer, hello)` answers a hello with a welcome or raises KvbatonError to refuse it.
     `gone(peer, member)` is called, never from within a send, when a peer could no longer be sent
@@ -57,17 +60,20 @@ class Server:
         endpoint: str,
         decoder: Decoder[Message],
         *,
+        rights: Rights,
         accept: Callable[[bytes, Hello], Welcome],
         handle: Handler,
         gone: Callable[[bytes, Member], None],
     ) -> None:
         self._decoder = decoder
+        self._rights = rights
         self._accept = accept
         self._handle = handle
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self.peers: dict[bytes, Member] = {}
         self.num_ignored = 0  # messages that had come before
+        self.refusals = Refusals("message")  # of what the sender had no right to
         self._connections: dict[bytes, _Connection] = {}
         self._hellos: dict[bytes, int] = {}  # number of each peer's last, latest peer last
         self._socket = transport.router(endpoint, self._on_frames)
@@ -98,11 +104,12 @@ class Server:
     def close(self) -> None:
         self._socket.close()
 
-    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
-        message, refusal = read(self._decoder, frames)
+    def _on_frames(self, peer: bytes, frames: list[memoryview], user: str) -> None:
+        message, unreadable = read(self._decoder, frames)
+        refusal = unreadable or self._forbidden(peer, message, user)
         try:
             if isinstance(message, Hello):
-                answer = self._greet(peer, message)
+                answer = self._greet(peer, message, refusal)
             else:
                 answer = self._answer(peer, message, refusal, frames[1:])
         except KvbatonError as error:
@@ -117,7 +124,23 @@ class Server:
             answer.call_id = message.call_id
             self._send(peer, answer, [])
 
-    def _greet(self, peer: bytes, hello: Hello) -> Message | None:
+    def _forbidden(self, peer: bytes, message: Message, user: str) -> ForbiddenError | None:
+        """Why the sender must not say this; None if it may. It is who its key says: where no keys
+        are used, who it claims to be, and until then its message is answered by hello_required."""
+        member = message.member if isinstance(message, Hello) else self.peers.get(peer)
+        role = role_of(user) or (member.role if member else "")
+        if not role:
+            return None
+        error = violation(self._rights, role, message)
+        if member is not None and member.role != role:
+            error = ForbiddenError(f"the key is a {role}'s, who must not speak for {member.role}")
+        if error is not None:
+            self.refusals.add(user=user, reason=error.message)
+        return error
+
+    def _greet(self, peer: bytes, hello: Hello, refusal: KvbatonError | None) -> Message | None:
+        if refusal is not None:
+            raise refusal
         if hello.internal_version != INTERNAL_VERSION:
             raise ProtocolError(
                 f"internal protocol version {hello.internal_version} is not supported, "
@@ -145,7 +168,7 @@ class Server:
         self,
         peer: bytes,
         message: Message,
-        refusal: ProtocolError | None,
+        refusal: KvbatonError | None,
         bulk: Sequence[memoryview],
     ) -> Message | None:
         connection = self._connections.get(peer)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from common.config import StartError
+from kvbaton.sockets import MAX_FRAME_BYTES
 
 Frame = bytes | memoryview
 Frames = Sequence[Frame]
 
-RouterHandler = Callable[[bytes, list[memoryview]], None]
+# Called with the peer's routing id, the frames, and the user of its key (common/net/access.py): ""
+# where no keys are used. The id is the peer's own choice, the user is not.
+RouterHandler = Callable[[bytes, list[memoryview], str], None]
 DealerHandler = Callable[[list[memoryview]], None]
 
 
@@ -41,14 +44,27 @@ class DealerSocket(Protocol):
 class Transport(Protocol):
     """Makes sockets. Handlers run on the event loop, one message at a time, in order per pipe."""
 
-    def router(self, endpoint: str, handler: RouterHandler) -> RouterSocket:
-        """Bind; port 0 or "*" takes a free port. Raises TransportError when it cannot."""
+    def router(
+        self,
+        endpoint: str,
+        handler: RouterHandler,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        slow_reader_s: float | None = None,
+    ) -> RouterSocket:
+        """Bind; port 0 or "*" takes a free one. A peer that sends a longer frame is hung up on, and
+        so is one that takes nothing of what waits for it for `slow_reader_s`. Raises TransportError
+        when it cannot."""
 
     def dealer(
-        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+        self,
+        endpoint: str,
+        handler: DealerHandler,
+        lost: Callable[[], None] | None = None,
+        role: str = "",
     ) -> DealerSocket:
         """Connect, now or as soon as the peer is there, with a fresh routing id. `lost()` is called
-        when a connection that was there has ended."""
+        when a connection that was there has ended. Where keys are used, only who has the key of
+        `role` is connected to."""
 
     def close(self) -> None: ...
 

@@ -1,4 +1,5 @@
-"""The live Transport: kvbaton's event-driven sockets as ROUTER and DEALER."""
+"""The live Transport: kvbaton's event-driven sockets as ROUTER and DEALER, encrypted if there are
+keys."""
 
 from __future__ import annotations
 
@@ -7,10 +8,14 @@ from collections.abc import Callable
 
 import zmq
 
+from common.net.access import Keys
 from common.net.transport import DealerHandler, Frames, RouterHandler, TransportError
-from kvbaton.sockets import EventSocket, reason
+from common.net.zap import ZapHandler
+from kvbaton.sockets import MAX_FRAME_BYTES, Curve, EventSocket, reason
 
 LINGER_MS = 200  # what closing waits for last words, a refusal or a goodbye
+# What the kernel keeps (it doubles the number) for a peer that may stop reading.
+SLOW_READER_BUFFER_BYTES = 128 * 1024
 _MAPPED_IPV4 = re.compile(r"\[::ffff:([0-9.]+)\]")  # how a socket for both families names IPv4
 
 
@@ -18,15 +23,29 @@ class ZmqRouter:
     """A bound ROUTER. ROUTER_MANDATORY: without it what cannot be routed vanishes silently."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, handler: RouterHandler
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        handler: RouterHandler,
+        *,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        slow_reader_s: float | None = None,
+        curve: Curve | None = None,
     ) -> None:
         self._socket = EventSocket(
             context,
             zmq.ROUTER,
-            lambda frames: handler(bytes(frames[0]), frames[1:]),
+            lambda frames: handler(bytes(frames[0]), frames[1:], self._socket.user),
             linger_ms=LINGER_MS,
         )
         self._socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.raw.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        if slow_reader_s is not None:
+            # The kernel ends a connection whose window stays shut, and with it goes ZeroMQ's queue.
+            self._socket.raw.setsockopt(zmq.TCP_MAXRT, max(1, round(slow_reader_s * 1000)))
+            self._socket.raw.setsockopt(zmq.SNDBUF, SLOW_READER_BUFFER_BYTES)
+        if curve is not None:
+            self._socket.secure(curve)
         try:
             self._socket.raw.bind(endpoint)
         except zmq.ZMQError as error:
@@ -52,8 +71,11 @@ class ZmqDealer:
         endpoint: str,
         handler: DealerHandler,
         lost: Callable[[], None] | None,
+        curve: Curve | None = None,
     ) -> None:
         self._socket = EventSocket(context, zmq.DEALER, handler, linger_ms=LINGER_MS)
+        if curve is not None:
+            self._socket.secure(curve)
         if lost is not None:
             self._socket.watch(zmq.EVENT_DISCONNECTED, lambda _event: lost())
         try:
@@ -70,19 +92,53 @@ class ZmqDealer:
 
 
 class ZmqTransport:
-    """One ZeroMQ context and the sockets made from it."""
+    """One ZeroMQ context and the sockets made from it: with `keys`, each of them is encrypted, and
+    the context's ZAP handler decides who gets in. Without, everybody does."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None = None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._keys = keys
+        self._zap = None if keys is None else ZapHandler(self._context, keys.public.users())
 
-    def router(self, endpoint: str, handler: RouterHandler) -> ZmqRouter:
-        return ZmqRouter(self._context, endpoint, handler)
+    def router(
+        self,
+        endpoint: str,
+        handler: RouterHandler,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        slow_reader_s: float | None = None,
+    ) -> ZmqRouter:
+        return ZmqRouter(
+            self._context,
+            endpoint,
+            handler,
+            max_frame_bytes=max_frame_bytes,
+            slow_reader_s=slow_reader_s,
+            curve=None if self._keys is None else self._keys.binding,
+        )
 
     def dealer(
-        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+        self,
+        endpoint: str,
+        handler: DealerHandler,
+        lost: Callable[[], None] | None = None,
+        role: str = "",
     ) -> ZmqDealer:
-        return ZmqDealer(self._context, endpoint, handler, lost)
+        curve = None if self._keys is None else self._keys.connecting(role)
+        return ZmqDealer(self._context, endpoint, handler, lost, curve)
+
+    async def prove(self) -> None:
+        """Try a key that nobody knows on a socket as all others are made. Raises StartError if it
+        is let in."""
+        if self._keys is None or self._zap is None:
+            return
+        router = self.router("tcp://127.0.0.1:*", lambda _peer, _frames, _user: None)
+        try:
+            await self._zap.prove(router.endpoint, self._keys.own.public_key)
+        finally:
+            router.close()
 
     def close(self) -> None:
         """Every socket must have been closed by its owner; last words get LINGER_MS."""
+        if self._zap is not None:
+            self._zap.close()
         self._context.term()

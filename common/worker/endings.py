@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ class Endings:
         answer: Callable[[bytes, Message], None],
         store_of: Callable[[Sequence], StoreLink],
     ) -> None:
+        self.removed = asyncio.Event()  # set whenever a sequence is forgotten
         self._role = role
         self._answer = answer
         self._store_of = store_of
@@ -82,6 +84,7 @@ class Endings:
             return
         sequence.ending = None
         self._role.remove(sequence)
+        self.removed.set()
         store = self._store_of(sequence)
         if store.member_id == sequence.incarnation:
             store.link.send(ending)

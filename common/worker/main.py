@@ -12,6 +12,7 @@ from common.config import load_config
 from common.engine.mock import MockEngine
 from common.engine.work import Engine
 from common.memory import keep_large_frames
+from common.net.access import Access
 from common.service import serve
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
@@ -46,5 +47,6 @@ def worker_main(
     return serve(
         config.name,
         config.log_level,
+        Access(role_name, config.keys, config.insecure, [config.bind]),
         lambda seams: WorkerRuntime(config, role_name, seams, make_engine, make_role),
     )

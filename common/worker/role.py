@@ -25,6 +25,10 @@ class Role(Protocol):
     def sequences(self) -> list[Sequence]:
         """Every sequence held, in any state."""
 
+    def hand_on(self) -> None:
+        """The worker is to leave: give up what has not begun, hand on what another can go on with.
+        Called between steps until nothing is held any more."""
+
     def stop(self, sequence: Sequence) -> None:
         """Plan the sequence no more: it is over. Its blocks may still be in use."""
 

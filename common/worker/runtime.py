@@ -8,6 +8,7 @@ sequences.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -33,6 +34,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
+from common.messages.rights import RIGHTS
 from common.net.server import Server
 from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
@@ -48,6 +50,8 @@ from common.worker.stores import Stores
 from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
 
 log = structlog.get_logger()
+
+HAND_ON_S = 2.5  # of the time that a drain may take
 
 
 class WorkerRuntime:
@@ -65,7 +69,7 @@ class WorkerRuntime:
         self.seams = seams
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.tasks = Tasks(self._fail)
-        self._is_draining = False
+        self.is_draining = False
         self._instance_id = seams.rng.new_id()
         self._role_name = role_name
         self._make_engine = make_engine
@@ -91,6 +95,7 @@ class WorkerRuntime:
             self.seams.transport,
             self.config.bind,
             decoder(ToWorker),
+            rights=RIGHTS[self._role_name],
             accept=self._accept,
             handle=lambda peer, message, _bulk: self._on_gateway(peer, message),
             gone=lambda peer, _member: self._gateway_gone(peer),
@@ -117,14 +122,23 @@ class WorkerRuntime:
         log.info("worker_ready", endpoint=self._server.endpoint, model=self.config.model)
 
     async def drain(self) -> None:
-        """Leave the cluster: the gateways place what runs here elsewhere."""
-        self._is_draining = True
-        for sequence in self.role.sequences():
-            self.endings.drop(sequence, "unavailable", "the worker is shutting down")
+        """Leave the cluster: finish or hand on what runs here, give up what takes too long."""
         assert self._steps is not None
         assert self._stores is not None
+        self.is_draining = True
+        for store in self.stores:
+            store.tell()
+        self.wake()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HAND_ON_S):
+                while self.role.sequences():
+                    self.endings.removed.clear()
+                    await self.endings.removed.wait()
+        for sequence in self.role.sequences():
+            self.endings.drop(sequence, "unavailable", "the worker is shutting down")
         async with self._steps.engine_free:  # the running step has ended, none follows
             self._stores.leave()
+        log.info("worker_drained", num_tokens_computed=self.num_tokens_computed)
 
     async def close(self) -> None:
         await self.tasks.close()
@@ -197,7 +211,7 @@ class WorkerRuntime:
     def _on_gateway(self, peer: bytes, message: Message) -> Message | None:
         if isinstance(message, Heartbeat):
             return Ok()
-        if self._is_draining:
+        if self.is_draining:
             raise UnavailableError("the worker is shutting down", retry_after_s=1)
         return self.role.on_gateway(peer, message)
 
@@ -305,13 +319,20 @@ class WorkerRuntime:
         """How fast the engine computes; 0 before its first step."""
         return self._steps.tokens_per_s if self._steps else 0.0
 
+    @property
+    def num_tokens_computed(self) -> int:
+        """Positions that the engine has computed since its start."""
+        return self._steps.num_tokens_computed if self._steps else 0
+
     def wake(self) -> None:
         """There may be something to do."""
         if self._steps is not None:
             self._steps.wake.set()
 
     def plan_step(self) -> list[tuple[Sequence, Work]]:
-        return [] if self._is_draining else self.role.plan()
+        if self.is_draining:
+            self.role.hand_on()
+        return self.role.plan()
 
     def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
         sequence.num_computed += work.num_tokens

@@ -46,6 +46,7 @@ class Sequence:
     slots: list[int] = field(default_factory=list)  # where the blocks lie
     num_computed: int = 0
     num_committed: int = 0
+    num_found: int = 0  # positions that were computed when the blocks were granted
     num_known_keys: int = 0
     pulled: set[int] = field(default_factory=set)  # places in the table, pulled before it was known
     num_moved: int = 0  # blocks whose bytes came for this sequence
@@ -72,6 +73,7 @@ class Sequence:
         self.slots = [block + self.first_slot for block in table.blocks]
         self.num_committed = table.num_committed
         self.num_computed = min(table.num_committed * self.block_size, len(self.tokens) - 1)
+        self.num_found = self.num_computed
         self.num_known_keys = table.num_keys
 
     def claimed(self, first_token: int) -> None:

@@ -38,6 +38,7 @@ class StepLoop:
         self.wake = asyncio.Event()
         self.engine_free = asyncio.Lock()  # held while a step runs
         self.tokens_per_s = 0.0
+        self.num_tokens_computed = 0
         self._engine = engine
         self._planner = planner
         self._endings = endings
@@ -69,7 +70,9 @@ class StepLoop:
         self._planner.step_ended()
 
     def _measure(self, plan: list[tuple[Sequence, Work]], step_s: float) -> None:
-        rate = sum(work.num_tokens for _, work in plan) / max(step_s, 1e-6)
+        num_tokens = sum(work.num_tokens for _, work in plan)
+        self.num_tokens_computed += num_tokens
+        rate = num_tokens / max(step_s, 1e-6)
         share = _RATE_SHARE if self.tokens_per_s else 1.0
         self.tokens_per_s += share * (rate - self.tokens_per_s)
 

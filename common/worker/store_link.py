@@ -77,10 +77,12 @@ class StoreLink:
             seams.transport,
             endpoint,
             decoder(FromStore),
+            role="kvstore",
             hello=self._hello,
             welcomed=self._welcomed,
             handle=self._handle_push,
             refused=refused,
+            lost=self._lost,
         )
         tasks.spawn(self._beat(), f"heartbeat-{index}")
 
@@ -91,6 +93,11 @@ class StoreLink:
             self._handle(self, message)
 
     # ---- membership ---------------------------------------------------------------------------
+
+    def _lost(self) -> None:
+        """Introduce ourselves at once when the store is back, not with the next heartbeat."""
+        log.warning("store_lost", store=self.link.endpoint)
+        self.link.reset()
 
     def _hello(self) -> Hello:
         if self.welcome.instance_id and self.link.is_introduced:
@@ -122,13 +129,14 @@ class StoreLink:
             self._data = self._data_link()
             self.mover = ZmqMover(self._data, arena, block_bytes)
         self._is_ready = True
-        self.link.send(Heartbeat(load=self._load(), ready=True))
+        self.tell()
 
     def _data_link(self) -> Link:
         return Link(
             self._seams.transport,
             self.welcome.data_endpoint,
             decoder(FromStore),
+            role="kvstore",
             hello=self._introduction,
             welcomed=lambda _: None,
             handle=lambda _: None,
@@ -138,6 +146,10 @@ class StoreLink:
     def _data_refused(self, error: KvbatonError) -> None:
         """A restarted store may be reached here before it has welcomed us on the other socket."""
         log.info("data_hello_refused", store=self.link.endpoint, reason=error.message)
+
+    def tell(self) -> None:
+        """Say how we are now, not with the next heartbeat."""
+        self.link.send(Heartbeat(load=self._load(), ready=self._is_ready))
 
     async def _beat(self) -> None:
         while True:

@@ -149,7 +149,7 @@ def live_store(core: int, layout: KvLayout, num_blocks: int, mover: str) -> Iter
     """A store process on core `core`, with room for so many blocks."""
     with (
         tempfile.TemporaryDirectory(prefix="kvbaton-bench-") as name,
-        Cluster(Path(name)) as cluster,
+        Cluster(Path(name), secure=False) as cluster,  # one process speaks for all roles
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         (ours,) = os.sched_getaffinity(0)

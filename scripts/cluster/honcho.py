@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
+from scripts.cluster.identity import ROOT
 from scripts.cluster.keeper import CRASHED, MISCONFIGURED
-from scripts.cluster.options import ROOT, Plan
+from scripts.cluster.options import Plan
 from scripts.cluster.processes import (
     adopt_orphans,
     descendants,

@@ -7,6 +7,7 @@ the order of the Procfile and cannot be known by the other processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from scripts.cluster.ports import (
@@ -17,6 +18,10 @@ from scripts.cluster.ports import (
     store_ports,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+KEYS_VARIABLE = "KVBATON_KEYS"
+INSECURE_VARIABLE = "KVBATON_INSECURE"
+KEYS_FOLDER = ROOT / ".run" / "keys"  # of the clusters of this checkout, unless another is named
 ROLES = ("gateway", "kvstore", "prefill", "decode")
 
 
@@ -44,6 +49,8 @@ def service_settings(identity: Identity, environ: Mapping[str, str]) -> dict[str
     already sets: what the user says wins. Raises ClusterError."""
     http_port = http_port_of(environ)
     settings = {"KVBATON_NAME": identity.name}
+    if folder := keys_folder(environ):
+        settings[KEYS_VARIABLE] = str(folder)
     if identity.role == "kvstore":
         _check_store_is_used(identity, environ)
         ports = store_ports(http_port, identity.instance)
@@ -76,6 +83,17 @@ def num_stores_of(environ: Mapping[str, str]) -> int:
     if not 1 <= num_stores <= MAX_STORES:
         raise ClusterError(f"KVBATON_KVSTORES must be from 1 to {MAX_STORES}, got {num_stores}")
     return num_stores
+
+
+def keys_folder(environ: Mapping[str, str]) -> Path | None:
+    """Where the keys of a cluster with this environment are; None if it runs without. Services run
+    in the folder of the checkout. Raises ClusterError."""
+    insecure = environ.get(INSECURE_VARIABLE, "false").lower()
+    if insecure not in ("1", "true", "0", "false"):
+        raise ClusterError(f"{INSECURE_VARIABLE} must be true or false, got {insecure!r}")
+    if insecure in ("1", "true"):
+        return None
+    return ROOT / environ.get(KEYS_VARIABLE, str(KEYS_FOLDER))
 
 
 def _check_store_is_used(identity: Identity, environ: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from scripts.cluster.admin_key import ADMIN_KEY_FILE, VARIABLE, make_admin_key
-from scripts.cluster.identity import identify, service_settings
+from scripts.cluster.identity import KEYS_FOLDER, KEYS_VARIABLE, identify, service_settings
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.processes import die_with_parent, process_info
 
@@ -213,6 +213,19 @@ def admin_key_setting(path: Path, log: Log) -> dict[str, str]:
     return {VARIABLE: str(path)}
 
 
+def make_missing_keys(settings: Mapping[str, str], log: Log) -> None:
+    """Make the keys of this checkout's clusters, unless they are there or others are named. Without
+    keys the service refuses to start."""
+    if settings.get(KEYS_VARIABLE) != str(KEYS_FOLDER) or KEYS_FOLDER.exists():
+        return
+    from scripts.cluster.keys import make_keys  # needs what a keeper can do without
+
+    try:
+        make_keys(KEYS_FOLDER)
+    except OSError as error:
+        log("error", "no_keys", f"cannot make {KEYS_FOLDER}: {error.strerror}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the service named by the first argument; the others are its flags."""
     die_with_parent(signal.SIGTERM)
@@ -225,6 +238,7 @@ def main(argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", f"services.{identity.role}", *argv[1:]]
     reasons = Reasons(honcho_above(os.environ))
     log = Log(identity.name)
+    make_missing_keys(settings, log)
     if identity.role == "gateway" and VARIABLE not in os.environ:
         settings |= admin_key_setting(ADMIN_KEY_FILE, log)
     return keep(command, os.environ | settings, reasons, log, backoff=Backoff())

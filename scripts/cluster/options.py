@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.cluster.identity import ROLES, http_port_of, num_stores_of
+from scripts.cluster.identity import ROLES, ROOT, http_port_of, keys_folder, num_stores_of
 from scripts.cluster.ports import ClusterError, client_port, cluster_ports
-
-ROOT = Path(__file__).resolve().parents[2]
 
 _EPILOG = """\
 Every other setting of the services is a variable KVBATON_<NAME>, in the environment or in the file
@@ -27,6 +25,7 @@ class Plan:
 
     counts: dict[str, int]  # of processes, by role
     environ: dict[str, str]
+    keys: Path | None  # their folder
     ports: dict[int, str]
     http_port: int
     procfile: Path
@@ -41,10 +40,15 @@ class Plan:
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
 
     @property
+    def has_tls(self) -> bool:
+        """Whether the gateways speak HTTPS."""
+        return bool(self.environ.get("KVBATON_TLS_CERT"))
+
+    @property
     def http_url(self) -> str:
         """Where the gateways answer HTTP."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.http_port}"
+        return f"{'https' if self.has_tls else 'http'}://{host}:{self.http_port}"
 
     @property
     def client_endpoint(self) -> str:
@@ -65,6 +69,7 @@ def parse_plan(
     return Plan(
         counts=counts,
         environ=merged,
+        keys=keys_folder(merged),
         ports=cluster_ports(http_port, counts["gateway"], counts["kvstore"]),
         http_port=http_port,
         procfile=options.procfile,
@@ -102,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--disk-dir", metavar="DIR", type=Path, help="keep evicted KV there (default: nowhere)")
     add("--disk-bytes", metavar="BYTES", help="most bytes there for each store (default: 4G)")
     add("--batch-invariant", action="store_true", help="same bits whatever the batch; slower")
+    add("--insecure", action="store_true", help="no keys, no encryption; on loopback alone")
     add("--start-timeout", metavar="S", type=float, default=300.0, help="give up after S seconds")
     add("--no-sample", action="store_true", help="do not show a sample completion")
     add("--verbose", action="store_true", help="show every log line, not only warnings")
@@ -122,6 +128,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
         "KVBATON_DISK_DIR": options.disk_dir and str(options.disk_dir.resolve()),
         "KVBATON_DISK_BYTES": options.disk_bytes,
         "KVBATON_BATCH_INVARIANT": "true" if options.batch_invariant else None,
+        "KVBATON_INSECURE": "true" if options.insecure else None,
         "KVBATON_LOG_LEVEL": "info" if options.verbose else None,
     }
     return {name: str(value) for name, value in values.items() if value is not None}

@@ -6,6 +6,7 @@ import errno
 import http.client
 import json
 import socket
+import ssl
 import time
 from collections.abc import Mapping
 
@@ -61,7 +62,7 @@ def wait_until_ready(plan: Plan, honcho: Honcho, screen: Screen) -> float:
     """Returns the seconds it took. Raises StartError if a service crashes or time runs out."""
     started_at = time.monotonic()
     while True:
-        waiting_for = probe(plan.host, plan.http_port)
+        waiting_for = probe(plan)
         elapsed_s = time.monotonic() - started_at
         if not waiting_for:
             screen.end_progress()
@@ -73,9 +74,10 @@ def wait_until_ready(plan: Plan, honcho: Honcho, screen: Screen) -> float:
             raise StartError(crash)
 
 
-def probe(host: str, port: int) -> str:
-    """What the gateway still waits for; "" when the cluster answers requests."""
-    connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+def probe(plan: Plan) -> str:
+    """What the gateway still waits for; "" when the cluster answers requests, or when it tells that
+    only to who has an API key."""
+    connection = _connection(plan)
     try:
         connection.request("GET", "/ready")
         response = connection.getresponse()
@@ -86,7 +88,19 @@ def probe(host: str, port: int) -> str:
         return f"the gateway does not answer ({error})"
     finally:
         connection.close()
-    return "" if response.status == http.client.OK else _reason(body)
+    is_up = response.status in (http.client.OK, http.client.UNAUTHORIZED)
+    return "" if is_up else _reason(body)
+
+
+def _connection(plan: Plan) -> http.client.HTTPConnection:
+    if not plan.has_tls:
+        return http.client.HTTPConnection(plan.host, plan.http_port, timeout=PROBE_TIMEOUT_S)
+    context = ssl.create_default_context()
+    context.check_hostname = False  # the certificate is for the name that clients use
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(
+        plan.host, plan.http_port, timeout=PROBE_TIMEOUT_S, context=context
+    )
 
 
 def _reason(body: bytes) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from kvbaton.errors import UnavailableError
 from kvbaton.protocol import Timings, Usage
 from scripts.cluster.admin_key import admin_key_file
-from scripts.cluster.options import ROOT, Plan
+from scripts.cluster.identity import ROOT
+from scripts.cluster.keys import client_file
+from scripts.cluster.options import Plan
 from scripts.cluster.terminal import BOLD, DIM, Screen
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def show_sample(plan: Plan, screen: Screen) -> None:
 
     screen.line()
     screen.part(screen.styled(PROMPT, BOLD))
-    with Client(plan.client_endpoint) as client:
+    with Client(plan.client_endpoint, keys=plan.keys or "") as client:
         generation = _first_answer(client, screen)
         for token in generation:
             screen.part(token.text)
@@ -99,13 +101,15 @@ def show_hints(plan: Plan, screen: Screen) -> None:
     screen.line(f"  -d '{body}'")
     screen.line()
     screen.line("from kvbaton import Client")
-    screen.line(f'with Client("{plan.client_endpoint}") as client:')
+    keys = f", keys={json.dumps(str(client_file(plan.keys)))}" if plan.keys else ""
+    screen.line(f'with Client("{plan.client_endpoint}"{keys}) as client:')
     screen.line(f"    for token in client.generate({json.dumps(PROMPT)}, max_tokens={MAX_TOKENS}):")
     screen.line('        print(token.text, end="", flush=True)')
     screen.line()
     if key_file := admin_key_file(plan.environ):
         ask = [str(ROOT / ".venv/bin/python"), "-m", "kvbaton", "audit"]
         flags = ["--gateway", plan.client_endpoint, "--admin-key-file", str(key_file)]
+        flags += ["--keys", str(plan.keys or "")]
         screen.line(shlex.join(ask + flags))
         screen.line()
     screen.line(screen.styled("Ctrl-C stops everything.", DIM))

@@ -14,7 +14,9 @@ from honcho.environ import parse as parse_env_file
 from common.kv.arena import LiveDisk
 from kvbaton.errors import KvbatonError
 from scripts.cluster.honcho import Honcho
-from scripts.cluster.options import ROOT, Plan, parse_plan
+from scripts.cluster.identity import KEYS_FOLDER, ROOT
+from scripts.cluster.keys import make_keys
+from scripts.cluster.options import Plan, parse_plan
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.ready import StartError, check_ports, wait_until_ready
 from scripts.cluster.sample import show_hints, show_sample
@@ -100,9 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = parse_plan(arguments, os.environ, _env_file(), num_cores)
         check_ports(plan)
+        if plan.keys == KEYS_FOLDER:  # other folders are the user's
+            make_keys(plan.keys)
     except ClusterError as error:
         print(f"scripts/serve: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        print(f"scripts/serve: cannot make keys: {error}", file=sys.stderr)
+        return 1
     _stop_on_signals()
     return serve(plan, Screen())
 

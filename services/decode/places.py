@@ -26,6 +26,10 @@ class Places:
     def num_waiting(self) -> int:
         return len(self._line)
 
+    def is_taken(self, handoff_id: str) -> bool:
+        """Whether it has a place."""
+        return handoff_id in self._taken
+
     def ask(self, handoff_id: str, *, first: bool = False) -> None:
         """Stand in the line, at its head if it had a place before."""
         if first:

@@ -34,6 +34,13 @@ class DecodeScheduler:
     def __len__(self) -> int:
         return len(self._active)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._active
+
+    def is_running(self, sequence: Sequence) -> bool:
+        """Whether it is computed up to its newest token."""
+        return sequence in self._active and sequence.num_uncomputed == 1
+
     def add(self, sequence: Sequence) -> None:
         """The sequence has blocks for all its tokens, and those that are final can be read."""
         self._active.append(sequence)

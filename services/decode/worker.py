@@ -10,7 +10,8 @@ The life of a request here:
 With `prefill_here` step 2 is replaced: the blocks are asked for with `fill`, and the prompt is
 computed in chunks between the tokens of the others. When blocks run out the youngest sequence is
 suspended: it gives up its blocks and its place, waits for room, then for a place, and goes on the
-same way.
+same way. A request that another decode worker had comes with its `first_token`: its blocks are
+claimed at once. When we are to leave ourselves, we `yield` what we have.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from common.worker.runtime import WorkerRuntime
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from services.decode.departure import Departure
 from services.decode.places import Places
 from services.decode.scheduler import DecodeScheduler
 
@@ -59,9 +61,11 @@ class DecodeRole:
         self._scheduler = DecodeScheduler(config.max_num_batched_tokens, runtime.block_size)
         self._sequences: dict[str, Sequence] = {}
         self._prefill_here: set[str] = set()
+        self._first_tokens: dict[str, int] = {}  # of those that are computed, by handoff id
         self._pulls: dict[str, list[asyncio.Task[None]]] = {}  # under way, by handoff id
         self._places = Places(config.max_num_seqs)
         self._reserving: dict[str, int] = {}  # the call that a place answers, by handoff id
+        self._departure = Departure(runtime, self._scheduler, self._places, self.sequences)
         self._over: OrderedDict[str, None] = OrderedDict()  # ended before they were asked for here
         self._max_held = config.max_num_seqs + config.max_waiting
         self.num_preemptions = 0
@@ -72,10 +76,14 @@ class DecodeRole:
             num_waiting=len(self._sequences) - self._places.num_taken,
             num_tokens_queued=self._scheduler.num_tokens_queued(),
             tokens_per_s=self._runtime.tokens_per_s,
+            is_draining=self._runtime.is_draining,
         )
 
     def sequences(self) -> list[Sequence]:
         return list(self._sequences.values())
+
+    def hand_on(self) -> None:
+        self._departure.hand_on()
 
     def stop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -84,6 +92,7 @@ class DecodeRole:
         handoff_id = sequence.handoff_id
         del self._sequences[handoff_id]
         self._prefill_here.discard(handoff_id)
+        self._first_tokens.pop(handoff_id, None)
         self._pulls.pop(handoff_id, None)
         self._places.leave(handoff_id)
         call_id = self._reserving.pop(handoff_id, None)
@@ -115,6 +124,8 @@ class DecodeRole:
         self._sequences[message.handoff_id] = self._runtime.new_sequence(peer, message)
         if message.prefill_here:
             self._prefill_here.add(message.handoff_id)
+        if message.first_token is not None:
+            self._first_tokens[message.handoff_id] = message.first_token
         self._reserving[message.handoff_id] = message.call_id
         self._places.ask(message.handoff_id)
         self._fill_places()
@@ -127,7 +138,10 @@ class DecodeRole:
             call_id = self._reserving.pop(handoff_id, None)
             if call_id is not None:
                 self._runtime.answer(sequence.gateway, Ok(call_id=call_id))
-            if call_id is None or handoff_id in self._prefill_here:
+            first_token = self._first_tokens.pop(handoff_id, None)
+            if first_token is not None:
+                self._runtime.tasks.spawn(self._claim(sequence, first_token), "claim")
+            elif call_id is None or handoff_id in self._prefill_here:
                 self._runtime.tasks.spawn(self._fill(sequence), "fill")
 
     # ---- what the store tells -------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import uvloop
 
 from common.config import load_config
+from common.net.access import Access
 from common.service import serve
 from services.gateway.service import Gateway, GatewayConfig
 
 if __name__ == "__main__":
     config = load_config(GatewayConfig, "python -m services.gateway")
-    main = serve(config.name, config.log_level, lambda seams: Gateway(config, seams))
+    access = Access("gateway", config.keys, config.insecure, [config.bind])
+    main = serve(config.name, config.log_level, access, lambda seams: Gateway(config, seams))
     raise SystemExit(uvloop.run(main))

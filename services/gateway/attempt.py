@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from common.kv.hashing import prompt_keys, root_key, tenant_tag
 from common.messages import (
-    AbortHandoff,
     HandoffOpened,
     OpenHandoff,
     OutputToken,
@@ -34,14 +33,17 @@ class Place:
 class Attempt:
     """`outcome` becomes None after the last token, else it says why this could not go on."""
 
-    def __init__(self, stream: RequestStream, place: Place) -> None:
+    def __init__(self, stream: RequestStream, place: Place, after: str = "") -> None:
+        """`after`: the handoff that the request had at this store before."""
         self.stream = stream
         self.place = place
         self.handoff_id = ""
+        self.after = after
         self.outcome: asyncio.Future[KvbatonError | None]
         self.outcome = asyncio.get_running_loop().create_future()
         self._tokens = [*stream.request.prompt, *stream.tokens]
         self._num_before = len(stream.tokens)
+        self._num_looked_at = -1
         self._num_to_prefill = len(self._tokens)
         self._prefill_id = place.prefill.member_ids[place.store.index]
         self._decode_id = place.decode.member_ids[place.store.index]
@@ -60,6 +62,11 @@ class Attempt:
         awaits_first = len(self.stream.tokens) == self._num_before
         return worker is self.place.decode or (worker is self.place.prefill and awaits_first)
 
+    def is_stuck(self) -> bool:
+        """Whether no token has come since this was asked before."""
+        before, self._num_looked_at = self._num_looked_at, len(self.stream.tokens)
+        return before == self._num_looked_at
+
     def fail(self, error: KvbatonError) -> None:
         """This attempt is over; the request may not be."""
         if not self.outcome.done():
@@ -74,12 +81,20 @@ class Attempt:
                 self.place.prefill.num_assigned -= 1
 
     def close(self) -> None:
-        """Give back what is counted at the workers; end the handoff unless it ended itself."""
+        """Give back what is counted at the workers."""
         self.prefilled()
         self.place.decode.num_assigned -= 1
-        finished = self.outcome.done() and self.outcome.result() is None
-        if self.handoff_id and not finished:
-            self.place.store.link.send(AbortHandoff(handoff_id=self.handoff_id))
+
+    @property
+    def left(self) -> str:
+        """The handoff that this attempt leaves to the next, or to be ended; "" if it finished or
+        has none."""
+        return "" if self.has_finished else self.handoff_id or self.after
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether the last token has come."""
+        return self.outcome.done() and self.outcome.result() is None
 
     def open_message(self, block_size: int) -> OpenHandoff:
         """Asks the store for room; the tenant's keys are its own."""
@@ -91,6 +106,7 @@ class Attempt:
             root_key=self._root_key,
             keys=prompt_keys(self._root_key, self._tokens, block_size),
             num_tokens=len(self._tokens),
+            after=self.after,
         )
 
     async def start(self, opened: HandoffOpened) -> None:
@@ -98,9 +114,13 @@ class Attempt:
         place = self.place
         colocated = place.prefill is place.decode
         reserve = self._request(Reserve, opened, self._decode_id)
-        reserve.prefill_here = colocated
+        if opened.is_whole:
+            self.prefilled()
+            *reserve.tokens, reserve.first_token = self._tokens
+        else:
+            reserve.prefill_here = colocated
         await place.decode.link.call(reserve, timeout_s=None)
-        if not colocated:
+        if not colocated and not opened.is_whole:
             await place.prefill.link.call(self._request(Prefill, opened, self._prefill_id))
 
     def _request(self, kind: type[R], opened: HandoffOpened, worker_id: str) -> R:

@@ -60,7 +60,10 @@ class TokenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request as the dispatcher sees it: tokens in, tokens out."""
+    """A request as the dispatcher sees it: tokens in, tokens out.
+
+    `resumed` is the output that its client has from another gateway: it goes on after that.
+    """
 
     request_id: str
     prompt: list[int]
@@ -69,6 +72,7 @@ class GenerationRequest:
     tenant: str = ""
     cache_salt: str = ""  # prompts share cached blocks only with those of the same salt
     deadline_s: float | None = None
+    resumed: tuple[int, ...] = ()
 
 
 class Backend(Protocol):

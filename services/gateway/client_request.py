@@ -8,58 +8,81 @@ import msgspec
 
 from common.seams import Clock, Rng
 from kvbaton.errors import InvalidRequestError, NotFoundError
-from kvbaton.protocol import MAX_DEADLINE_MS, Done, Generate, Timings, Token, Tokens, Usage
+from kvbaton.protocol import (
+    MAX_DEADLINE_MS,
+    Accepted,
+    Done,
+    Generate,
+    Resume,
+    Timings,
+    Token,
+    Tokens,
+    Usage,
+)
 from kvbaton.sampling import check_sampling
 from services.gateway.backend import Backend, GenerationRequest, Timeline
 from services.gateway.generation import (
     Generation,
+    TextOutput,
     TextToken,
     check_cache_salt,
     check_prompt,
     check_stop,
     tokenize,
 )
+from services.gateway.resumption import check_resume, most_tokens, take_in
 from services.gateway.text import TextModel
 
 _MAX_NAME_CHARS = 64
 
 
 async def answer(
-    message: Generate, backend: Backend, model: TextModel, *, clock: Clock, rng: Rng
-) -> AsyncGenerator[Tokens | Done, None]:
-    """The tokens as they come, then `done`. Raises the KvbatonError the request ends with.
+    message: Generate, backend: Backend, model: TextModel, *, clock: Clock, rng: Rng, tenant: str
+) -> AsyncGenerator[Accepted | Tokens | Done, None]:
+    """`accepted` if it is wanted, the tokens as they come, `done`. Raises what the request ends by.
 
     Closing the iterator frees what the request holds.
     """
     field = _check(message, model)
-    prompt = await _tokenized(message, model)
+    prompt = await _tokenized(message, model, backend.max_model_len)
     check_prompt(prompt, model.vocab_size, backend.max_model_len, field=field)
-    sampling = message.sampling
-    if sampling.seed is None:
-        sampling = msgspec.structs.replace(sampling, seed=rng.new_seed())
+    most = most_tokens(message.sampling, len(prompt), backend.max_model_len)
+    if message.resume is not None:
+        check_resume(message.resume, model.vocab_size, most)
+    begun = message.resume or _begin(message, rng)
+    sampling = msgspec.structs.replace(message.sampling, seed=begun.seed)
+    output = TextOutput(model.detokenizer(), message.stop, min_tokens=sampling.min_tokens)
+    finish_reason = await take_in(begun, output, sampling, most)
+    if finish_reason is not None:
+        yield _nothing_left(message, begun, finish_reason, len(prompt))
+        return
     stream = backend.submit(
         GenerationRequest(
-            request_id=rng.new_id(),
+            request_id=begun.request_id,
             prompt=prompt,
             sampling=sampling,
+            tenant=tenant,
             deadline_s=None if message.deadline_ms is None else message.deadline_ms / 1000,
             cache_salt=check_cache_salt(message.cache_salt),
+            resumed=tuple(begun.tokens),
         )
     )
-    generation = Generation(
-        stream, model.detokenizer(), message.stop, min_tokens=sampling.min_tokens
-    )
-    finish_reason = ""
+    generation = Generation(stream, output)
     try:
+        if message.resumable:
+            yield Accepted(id=message.id, request_id=begun.request_id, seed=begun.seed)
         async for token in generation:
-            finish_reason = token.finish_reason or ""
-            with_logprobs = sampling.logprobs is not None
-            yield Tokens(id=message.id, tokens=[_on_the_wire(token, with_logprobs=with_logprobs)])
+            finish_reason = token.finish_reason
+            yield Tokens(
+                id=message.id,
+                tokens=[_on_the_wire(token, with_logprobs=sampling.logprobs is not None)],
+                finish_reason=finish_reason,
+            )
     finally:
         generation.cancel()
     yield Done(
         id=message.id,
-        finish_reason=finish_reason,
+        finish_reason=finish_reason or "",
         usage=Usage(
             num_prompt_tokens=len(prompt),
             num_output_tokens=generation.num_output_tokens,
@@ -67,6 +90,29 @@ async def answer(
         ),
         timings=_timings(stream.timeline, clock.now()),
         request_id=stream.request_id,
+    )
+
+
+def _begin(message: Generate, rng: Rng) -> Resume:
+    """A new request goes on after nothing."""
+    seed = message.sampling.seed
+    return Resume(request_id=rng.new_id(), seed=rng.new_seed() if seed is None else seed)
+
+
+def _nothing_left(
+    message: Generate, resume: Resume, finish_reason: str, num_prompt_tokens: int
+) -> Done:
+    """Only the end of the request was lost: no worker is needed to say it again."""
+    return Done(
+        id=message.id,
+        finish_reason=finish_reason,
+        usage=Usage(
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=len(resume.tokens),
+            num_cached_tokens=0,
+        ),
+        timings=Timings(num_attempts=0),
+        request_id=resume.request_id,
     )
 
 
@@ -104,15 +150,14 @@ def _check(message: Generate, model: TextModel) -> str:
     return given[0]
 
 
-async def _tokenized(message: Generate, model: TextModel) -> list[int]:
+async def _tokenized(message: Generate, model: TextModel, most: int | None) -> list[int]:
     if message.token_ids is not None:
         return message.token_ids
     if message.messages is None:
         text = message.text or ""
-        return await tokenize(len(text), lambda: model.encode(text))
+        return await tokenize(len(text), lambda: model.encode(text, most_tokens=most))
     turns = [{"role": turn.role, "content": turn.content} for turn in message.messages]
-    num_chars = sum(len(turn.role) + len(turn.content) for turn in message.messages)
-    return await tokenize(num_chars, lambda: model.chat(turns))
+    return await model.chat(turns, most_tokens=most)
 
 
 def _on_the_wire(token: TextToken, *, with_logprobs: bool) -> Token:

@@ -2,7 +2,8 @@
 
 The life of a connection: hello, welcome, any number of requests at once. ZeroMQ never says that a
 peer has gone, so a client is forgotten when it cannot be sent to or was silent for too long; what
-it had in flight is then cancelled, and its next message is answered by "hello_required".
+it had in flight is then cancelled, and its next message is answered by "hello_required". A client
+that does not read cannot be sent to once its queue is full, or when the transport has hung up on it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import AsyncGenerator
 import msgspec
 import structlog
 
+from common.messages.rights import RIGHTS, violation
+from common.net.access import role_of, tenant_of
 from common.net.liveness import Liveness
+from common.net.refusals import Refusals
 from common.service import Seams, Tasks
 from kvbaton.codec import Decoder, encode
 from kvbaton.errors import (
@@ -51,6 +55,7 @@ from services.gateway.text import TextModel
 log = structlog.get_logger()
 
 _WATCH_INTERVAL_S = 1.0
+_MAX_FRAME_BYTES = 2 * MAX_REQUEST_BYTES  # what is a little too long is refused in words
 
 
 class _AnyRequest(msgspec.Struct):
@@ -60,7 +65,8 @@ class _AnyRequest(msgspec.Struct):
 
 
 class ClientFace:
-    """Serves clients from a backend. `tasks` owns every request.
+    """Serves clients from a backend. `tasks` owns every request. The connection of a client that
+    reads nothing for `slow_reader_s` is ended.
 
     Raises common.net.transport.TransportError when `endpoint` cannot be bound.
     """
@@ -75,6 +81,7 @@ class ClientFace:
         *,
         tasks: Tasks,
         instance_id: str,
+        slow_reader_s: float = 30.0,
     ) -> None:
         self._clock = seams.clock
         self._rng = seams.rng
@@ -86,9 +93,13 @@ class ClientFace:
         self._decoder = client_message_decoder()
         self._request_ids: Decoder[_AnyRequest] = Decoder(_AnyRequest, MAX_REQUEST_BYTES)
         self._clients: dict[bytes, dict[int, asyncio.Task[None]]] = {}  # requests in flight
+        self._users: dict[bytes, str] = {}  # who said hello; "" where no keys are used
+        self._refusals = Refusals("message")
         self._liveness: Liveness[bytes] = Liveness(CLIENT_TIMEOUT_S)
         self._is_draining = False
-        self._socket = seams.transport.router(endpoint, self._on_frames)
+        self._socket = seams.transport.router(
+            endpoint, self._on_frames, _MAX_FRAME_BYTES, slow_reader_s
+        )
         self.endpoint = self._socket.endpoint
         self._watcher = tasks.spawn(self._watch(), "client-liveness")
         log.info("clients_listening", endpoint=self.endpoint)
@@ -118,16 +129,26 @@ class ClientFace:
 
     # ---- connections ----------------------------------------------------------------------------
 
-    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+    def _on_frames(self, peer: bytes, frames: list[memoryview], user: str) -> None:
+        if user != self._users.get(peer, user):
+            self._forget(peer, "its routing id is another's now")
         if peer in self._clients:
             self._liveness.heard(peer, self._clock.now())
         try:
             if len(frames) != 1:
                 raise ProtocolError(f"a message is one frame, got {len(frames)}")
-            self._handle(peer, self._decoder.decode(frames[0]))
+            message = self._decoder.decode(frames[0])
+            self._check_right(message, user)
+            self._handle(peer, message, user)
         except KvbatonError as error:
             log.warning("client_message_refused", reason=error.message)
             self._send(peer, _error(error, self._request_id(peer, frames)))
+
+    def _check_right(self, message: ClientMessage, user: str) -> None:
+        error = violation(RIGHTS["gateway"], role_of(user), message)
+        if error is not None:
+            self._refusals.add(user=user, reason=error.message)
+            raise error
 
     def _request_id(self, peer: bytes, frames: list[memoryview]) -> int | None:
         """Which request a refused message named; None if the answer would end another one."""
@@ -138,9 +159,9 @@ class ClientFace:
             return None
         return None if request_id in self._clients.get(peer, ()) else request_id
 
-    def _handle(self, peer: bytes, message: ClientMessage) -> None:
+    def _handle(self, peer: bytes, message: ClientMessage, user: str) -> None:
         if isinstance(message, Hello):
-            self._welcome(peer, message)
+            self._welcome(peer, message, user)
         elif peer not in self._clients:
             request_id = message.id if isinstance(message, Generate | Audit | Why) else None
             self._send(peer, Error(code=HELLO_REQUIRED, message="say hello first", id=request_id))
@@ -152,7 +173,7 @@ class ClientFace:
         else:
             self._send(peer, Pong(instance_id=self._instance_id))
 
-    def _welcome(self, peer: bytes, hello: Hello) -> None:
+    def _welcome(self, peer: bytes, hello: Hello, user: str) -> None:
         self._forget(peer, "said hello again")
         if hello.protocol_version != PROTOCOL_VERSION:
             raise ProtocolError(
@@ -160,7 +181,7 @@ class ClientFace:
                 f"{PROTOCOL_VERSION}",
                 field="protocol_version",
             )
-        self._clients[peer] = {}
+        self._clients[peer], self._users[peer] = {}, user
         self._liveness.heard(peer, self._clock.now())
         self._send(
             peer,
@@ -180,6 +201,7 @@ class ClientFace:
         requests = self._clients.pop(peer, None)
         if requests is None:
             return
+        del self._users[peer]
         self._liveness.forget(peer)
         log.info("client_gone", reason=reason, num_requests=len(requests))
         for task in requests.values():
@@ -204,12 +226,22 @@ class ClientFace:
                 retry_after_s=1.0,
             )
         requests[message.id] = self._tasks.spawn(
-            self._serve(peer, requests, message.id, self._answers(message)), "client-request"
+            self._serve(peer, requests, message.id, self._answers(peer, message)), "client-request"
         )
 
-    def _answers(self, message: Generate | Audit | Why) -> AsyncGenerator[GatewayMessage, None]:
+    def _answers(
+        self, peer: bytes, message: Generate | Audit | Why
+    ) -> AsyncGenerator[GatewayMessage, None]:
         if isinstance(message, Generate):
-            return answer(message, self._backend, self._text, clock=self._clock, rng=self._rng)
+            tenant = tenant_of(self._users[peer])
+            return answer(
+                message,
+                self._backend,
+                self._text,
+                clock=self._clock,
+                rng=self._rng,
+                tenant=tenant,
+            )
         return self._admin.answer(message)
 
     async def _serve(

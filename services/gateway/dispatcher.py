@@ -1,13 +1,16 @@
 """The dispatcher: places each request, follows it, and places it again where a worker fails it.
 
 The life of a request here:
-1. A face submits it. Without a live worker of each role it is refused at once.
+1. A face submits it. Where the wait would be too long it is refused at once, and so it is without
+   a live worker of each role, unless one may only be restarting.
 2. Placement chooses store, prefill and decode worker by least expected wait.
 3. `open` at the store: the answer comes when the whole prompt has room. `reserve` at decode: when
    it has a place. Only then is `prefill` asked to compute.
 4. Tokens come from prefill (the first) and decode (the rest), each with its index; they are put in
    order, and what came twice is dropped.
-5. If a worker is lost, drains or refuses, the request is placed again, after the tokens it has.
+5. If a worker is lost, drains or refuses, the request is placed again, after the tokens it has and
+   from the handoff it had: the store passes on what was computed. Without anyone to place it at, it
+   waits until somebody comes back.
 6. At the last token, at a cancel or deadline, or when it cannot go on, what it holds is given back.
 """
 
@@ -29,21 +32,19 @@ from kvbaton.errors import (
     UnavailableError,
     error_from_wire,
 )
+from services.gateway.admission import Admission
 from services.gateway.attempt import Attempt, Place
 from services.gateway.backend import GenerationRequest
-from services.gateway.fleet import Fleet, FleetEvents, Placeable, Store, Worker
-from services.gateway.placement import (
-    choose_colocated,
-    choose_decode,
-    choose_prefill,
-    choose_shard,
-)
+from services.gateway.fleet import Fleet, FleetEvents, Store, Worker
+from services.gateway.placer import Placer
 from services.gateway.stream import RequestStream
 
 log = structlog.get_logger()
 
-_MAX_ATTEMPTS = 5
-_RETRY_PAUSE_S = 0.1  # longer after each attempt but the first: a cluster in trouble needs a moment
+_MAX_FRUITLESS = 8  # attempts in a row that brought no token
+_RETRY_PAUSE_S = 0.1  # longer after each of them but the first: a cluster in trouble needs a moment
+_MOST_PAUSE_S = 0.5
+_GRACE_S = 5.0  # new requests wait as well while what is missing may be restarting
 _RETRYABLE = (UnavailableError, ConnectionLostError, StaleError, OverloadedError)
 
 _PLACED = Counter("kvbaton_requests_placed_total", "Attempts placed", registry=REGISTRY)
@@ -65,15 +66,17 @@ class Dispatcher:
         name: str,
         stores: list[str],
         mode: str,
-        max_requests: int,
+        admission: Admission,
+        max_outage_s: float,
     ) -> None:
+        """`max_outage_s`: how long a request that was placed waits for workers or a store."""
         self._clock = seams.clock
         self._tasks = tasks
-        self._mode = mode
-        self._max_requests = max_requests
+        self._admission = admission
+        self._max_outage_s = max_outage_s
         self._attempts: dict[Attempt, None] = {}  # in the order they began
         self._by_handoff: dict[str, Attempt] = {}
-        self._num_requests = 0
+        self._left: set[str] = set()  # handoffs of attempts that failed, to go on from
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,9 +85,12 @@ class Dispatcher:
             on_dropped=self._on_dropped,
             on_aborted=self._on_aborted,
             on_worker_lost=self._on_worker_lost,
-            on_store_lost=self._on_store_lost,
+            on_store_silent=self._on_store_silent,
+            on_store_forgot=self._on_store_forgot,
+            on_news=lambda: self._placer.on_news(),  # noqa: PLW0108 - it is made of the fleet
         )
         self.fleet = Fleet(seams, tasks, name, stores, events)
+        self._placer = Placer(self.fleet, seams.clock, mode)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until those in flight have ended."""
@@ -104,27 +110,24 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        return not self._is_draining and any(
-            self._has_workers(store) for store in self.fleet.stores
-        )
+        return not self._is_draining and self._placer.is_ready
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        if not self.ready:
-            raise self._unavailable()
-        if self._num_requests >= self._max_requests:
-            raise OverloadedError(
-                f"this gateway already serves {self._max_requests} requests", retry_after_s=1
-            )
-        stream = RequestStream(request, self._clock.now())
-        self._num_requests += 1
+        if self._is_draining:
+            raise UnavailableError("this gateway is shutting down", retry_after_s=1)
+        if self._placer.unready_s > _GRACE_S:
+            raise self._placer.unavailable()
+        now = self._clock.now()
+        stream = RequestStream(request, now)
+        self._admission.take(stream, len(request.prompt), now, is_new=not request.resumed)
         self._idle.clear()
         _RUNNING.inc()
         stream.task = self._tasks.spawn(self._serve(stream), "request")
-        stream.task.add_done_callback(lambda _: self._served())
+        stream.task.add_done_callback(lambda _: self._served(stream))
         return stream
 
     def stats(self) -> dict[str, float]:
-        stats: dict[str, float] = {"requests_running": self._num_requests}
+        stats: dict[str, float] = {"requests_running": self._admission.num_requests}
         for role in ("prefill", "decode"):
             workers = [w for w in self.fleet.workers.values() if w.member.role == role]
             stats[f"{role}_workers"] = len(workers)
@@ -138,9 +141,9 @@ class Dispatcher:
         stats["handoffs_waiting"] = sum(store.num_waiting for store in self.fleet.stores)
         return stats
 
-    def _served(self) -> None:
-        self._num_requests -= 1
-        if not self._num_requests:
+    def _served(self, stream: RequestStream) -> None:
+        self._admission.end(stream, self._clock.now())
+        if not self._admission.num_requests:
             self._idle.set()
         _RUNNING.dec()
 
@@ -172,29 +175,49 @@ class Dispatcher:
 
     async def _try_to_serve(self, stream: RequestStream) -> KvbatonError | None:
         """Attempts, until one ends well or none can. Returns why not, or None."""
+        attempt: Attempt | None = None
         tried: set[Worker] = set()
-        error: KvbatonError | None = None
-        for number in range(1, _MAX_ATTEMPTS + 1):
-            stream.timeline.num_attempts = number
-            try:
-                place = self._place(stream, tried)
-            except UnavailableError as unavailable:
-                if number == 1:
-                    return unavailable
-                error = unavailable  # who was there may come back in a moment
-            else:
-                if number > 1:
-                    _RETRIED.inc()
-                tried |= {place.prefill, place.decode}
-                error = await self._attempt(Attempt(stream, place))
+        num_fruitless = 0
+        try:
+            while True:
+                patience_s = _GRACE_S if attempt is None else self._max_outage_s
+                place = await self._placer.wait(stream, tried, patience_s)
+                attempt = self._next_attempt(attempt, stream, place)
+                num_tokens = len(stream.tokens)
+                error = await self._attempt(attempt)
                 if not isinstance(error, _RETRYABLE):
                     return error
-            log.info("attempt_failed", request=stream.request_id, reason=error.message)
-            await asyncio.sleep(_RETRY_PAUSE_S * (number - 1))
-        if isinstance(error, OverloadedError):
-            return error
-        reason = error.message if error else ""
-        return UnavailableError(f"given up after {_MAX_ATTEMPTS} attempts; the last: {reason}")
+                log.info("attempt_failed", request=stream.request_id, reason=error.message)
+                if len(stream.tokens) > num_tokens:
+                    num_fruitless = 0
+                    tried.clear()
+                tried |= {place.prefill, place.decode}
+                num_fruitless += 1
+                if num_fruitless >= _MAX_FRUITLESS:
+                    return _given_up(error)
+                await asyncio.sleep(min(_RETRY_PAUSE_S * (num_fruitless - 1), _MOST_PAUSE_S))
+        except UnavailableError as unavailable:
+            return unavailable
+        finally:
+            if attempt is not None:
+                self._abandon(attempt)
+
+    def _next_attempt(self, former: Attempt | None, stream: RequestStream, place: Place) -> Attempt:
+        """The request goes on from the handoff it had, unless it goes to another store."""
+        stream.timeline.num_attempts += 1
+        if former is None:
+            return Attempt(stream, place)
+        _RETRIED.inc()
+        if former.place.store is place.store:
+            return Attempt(stream, place, after=former.left)
+        self._abandon(former)
+        return Attempt(stream, place)
+
+    def _abandon(self, attempt: Attempt) -> None:
+        """Nothing of it counts any more, unless it finished."""
+        if attempt.left:
+            self._left.discard(attempt.left)
+            attempt.place.store.link.send(AbortHandoff(handoff_id=attempt.left))
 
     async def _attempt(self, attempt: Attempt) -> KvbatonError | None:
         """Serve the request at its place. Returns why it could not be finished there, or None."""
@@ -206,6 +229,7 @@ class Dispatcher:
         try:
             opened = await self._open(attempt)
             attempt.handoff_id = opened.handoff_id
+            self._left.discard(attempt.after)
             self._by_handoff[opened.handoff_id] = attempt
             layout = place.decode.member.layout
             assert layout is not None
@@ -219,6 +243,8 @@ class Dispatcher:
         finally:
             del self._attempts[attempt]
             self._by_handoff.pop(attempt.handoff_id, None)
+            if attempt.left:
+                self._left.add(attempt.left)
             attempt.close()
 
     async def _open(self, attempt: Attempt) -> HandoffOpened:
@@ -234,44 +260,6 @@ class Dispatcher:
         assert isinstance(opened, HandoffOpened)
         return opened
 
-    # ---- placement ------------------------------------------------------------------------------
-
-    def _has_workers(self, store: Store) -> bool:
-        roles = ("decode",) if self._mode == "colocated" else ("prefill", "decode")
-        return store.is_up and all(self.fleet.of_role(role, store) for role in roles)
-
-    def _unavailable(self) -> UnavailableError:
-        if self._is_draining:
-            return UnavailableError("this gateway is shutting down", retry_after_s=1)
-        for store in self.fleet.stores:
-            if not store.is_up:
-                return UnavailableError("the KV store cannot be reached", retry_after_s=1)
-        roles = [w.member.role for w in self.fleet.workers.values()]
-        missing = "decode" if "decode" not in roles else "prefill"
-        return UnavailableError(f"no {missing} worker is alive", retry_after_s=1)
-
-    def _place(self, stream: RequestStream, tried: set[Worker]) -> Place:
-        """Raises UnavailableError without a worker of each role. Workers in `tried` come last."""
-        stores = [store for store in self.fleet.stores if self._has_workers(store)]
-        if not stores:
-            raise self._unavailable()
-        layout = self.fleet.of_role("decode", stores[0])[0].member.layout
-        assert layout is not None
-        first_block = stream.request.prompt[: layout.block_size]
-        store = self.fleet.stores[choose_shard(first_block, [store.index for store in stores])]
-        num_tokens = len(stream.request.prompt) + len(stream.tokens)
-        decodes = self._candidates("decode", store, tried)
-        if self._mode == "colocated":
-            worker = choose_colocated(decodes, num_tokens).worker
-            return Place(store, worker, worker)
-        prefill = choose_prefill(self._candidates("prefill", store, tried), num_tokens)
-        return Place(store, prefill.worker, choose_decode(decodes).worker)
-
-    def _candidates(self, role: str, store: Store, tried: set[Worker]) -> list[Placeable]:
-        workers = self.fleet.of_role(role, store)
-        fresh = [worker for worker in workers if worker not in tried]
-        return [worker.candidate() for worker in fresh or workers]
-
     # ---- what the fleet tells -------------------------------------------------------------------
 
     def _on_tokens(self, worker: Worker, message: OutputTokens) -> None:
@@ -280,23 +268,43 @@ class Dispatcher:
             attempt = self._by_handoff.get(token.handoff_id)
             if attempt is not None:
                 attempt.on_token(worker, token, now)
+                self._admission.first_token(attempt.stream, now)
 
     def _on_dropped(self, message: Dropped) -> None:
         attempt = self._by_handoff.get(message.handoff_id)
         if attempt is not None:
             attempt.fail(error_from_wire(message.code, message.message, None, 1))
 
-    def _on_aborted(self, message: Aborted) -> None:
+    def _on_aborted(self, message: Aborted) -> bool:
+        if message.handoff_id in self._left:
+            return True
         attempt = self._by_handoff.get(message.handoff_id)
-        if attempt is not None:
-            attempt.fail(UnavailableError(message.reason, retry_after_s=1))
+        if attempt is None or attempt.has_finished:
+            return False
+        attempt.fail(UnavailableError(message.reason, retry_after_s=1))
+        return True
 
     def _on_worker_lost(self, worker: Worker) -> None:
         for attempt in self._attempts:
             if attempt.uses(worker):
                 attempt.fail(UnavailableError(f"{worker.member.name} is gone", retry_after_s=1))
 
-    def _on_store_lost(self, store: Store) -> None:
+    def _on_store_silent(self, store: Store) -> None:
+        """What gets no further without it goes on elsewhere, if it can."""
+        can_go = any(self._placer.has_workers(each) for each in self.fleet.stores)
+        for attempt in self._attempts:
+            if attempt.place.store is store and attempt.is_stuck() and can_go:
+                attempt.fail(UnavailableError("the KV store cannot be reached", retry_after_s=1))
+
+    def _on_store_forgot(self, store: Store) -> None:
         for attempt in self._attempts:
             if attempt.place.store is store:
-                attempt.fail(UnavailableError("the KV store is gone", retry_after_s=1))
+                attempt.fail(UnavailableError("the KV store forgot us", retry_after_s=1))
+
+
+def _given_up(last: KvbatonError) -> KvbatonError:
+    if isinstance(last, OverloadedError):
+        return last
+    return UnavailableError(
+        f"given up after {_MAX_FRUITLESS} attempts without a token; the last: {last.message}"
+    )

@@ -52,6 +52,7 @@ class Worker:
     num_tokens_assigned: int = 0  # prompt tokens it still has to compute for this gateway
     num_placed: int = 0
     is_known: bool = False  # to the worker: it has welcomed us
+    is_lost: bool = False  # the connection ended, and has not come back yet
 
     def candidate(self) -> Placeable:
         """The worker for placement."""
@@ -97,9 +98,11 @@ class FleetEvents:
 
     on_tokens: Callable[[Worker, OutputTokens], None]
     on_dropped: Callable[[Dropped], None]
-    on_aborted: Callable[[Aborted], None]
+    on_aborted: Callable[[Aborted], bool]  # whether the request goes on from there
     on_worker_lost: Callable[[Worker], None]
-    on_store_lost: Callable[[Store], None]
+    on_store_silent: Callable[[Store], None]  # said at each heartbeat it does not answer
+    on_store_forgot: Callable[[Store], None]  # it has ended what it had for us
+    on_news: Callable[[], None]  # who can take work has changed
 
 
 class Fleet:
@@ -119,11 +122,14 @@ class Fleet:
             tasks.spawn(self._beat(store), f"heartbeat-{store.index}")
 
     def of_role(self, role: str, store: Store) -> list[Worker]:
-        """Workers of a role that have joined the store."""
+        """Workers of a role that have joined the store and take new work."""
         return [
             worker
             for worker in self.workers.values()
-            if worker.member.role == role and store.index in worker.member_ids
+            if worker.member.role == role
+            and store.index in worker.member_ids
+            and not worker.load.is_draining
+            and not worker.is_lost
         ]
 
     def close(self) -> None:
@@ -144,23 +150,24 @@ class Fleet:
             return introduction
 
         def welcomed(welcome: Welcome) -> None:
-            if store.is_up:
-                # Its members are the same unless it is another: then it knows nobody yet.
+            if welcome.instance_id != store.welcome.instance_id:
+                self._forget_members(store)  # it knows nobody yet
+            elif store.welcome.instance_id:
                 log.warning("store_forgot_us", store=endpoint)
-                if welcome.instance_id != store.welcome.instance_id:
-                    self._on_members(store, Members(members=[]))
-                self._events.on_store_lost(store)
+                self._events.on_store_forgot(store)
             store.welcome, store.is_up = welcome, True
             # What ran for what we were counts no more.
             store.former_ids.say_stopped(store.link, self._tasks)
             log.info("store_joined", store=endpoint)
+            self._events.on_news()
 
         def handle(message: Message) -> None:
             if isinstance(message, Members):
                 self._on_members(store, message)
             elif isinstance(message, Aborted):
-                self._events.on_aborted(message)
-                store.link.send(AbortHandoff(handoff_id=message.handoff_id))  # we listen no more
+                if not self._events.on_aborted(message):
+                    # We listen no more.
+                    store.link.send(AbortHandoff(handoff_id=message.handoff_id))
             elif isinstance(message, HandoffOpened):  # its request was cancelled meanwhile
                 store.link.send(AbortHandoff(handoff_id=message.handoff_id))
 
@@ -168,10 +175,12 @@ class Fleet:
             self._seams.transport,
             endpoint,
             decoder(FromStore),
+            role="kvstore",
             hello=hello,
             welcomed=welcomed,
             handle=handle,
             refused=_log_refused,
+            lost=lambda: self._store_lost(store, "the connection ended"),
         )
 
     def _hello(self, fingerprint: str = "") -> Hello:
@@ -193,15 +202,16 @@ class Fleet:
             try:
                 await store.link.call(Heartbeat(), timeout_s=interval_s * _HEARTBEATS_MISSED)
             except ConnectionLostError as error:
-                if store.is_up:
-                    self._store_lost(store, error.message)
-                    store.link.reset()  # so that it greets us first when it is back
+                self._store_lost(store, error.message)
+                self._events.on_store_silent(store)
 
     def _store_lost(self, store: Store, reason: str) -> None:
-        log.warning("store_lost", store=store.link.endpoint, reason=reason)
-        store.is_up = False
-        self._on_members(store, Members(members=[]))
-        self._events.on_store_lost(store)
+        """Nothing new goes there; what runs at the workers goes on without it for now."""
+        if store.is_up:
+            log.warning("store_lost", store=store.link.endpoint, reason=reason)
+            store.is_up = False
+            store.link.reset()  # so that it greets us first when it is back
+            self._events.on_news()
 
     # ---- workers --------------------------------------------------------------------------------
 
@@ -211,10 +221,11 @@ class Fleet:
         store.num_handoffs, store.num_waiting = message.num_handoffs, message.num_waiting
         listed = {member.endpoint for member in message.members}
         for worker in list(self.workers.values()):
-            if worker.member.endpoint not in listed:
-                worker.member_ids.pop(store.index, None)
-            if not worker.member_ids:
-                self._worker_lost(worker)
+            was_member = store.index in worker.member_ids
+            if was_member and worker.member.endpoint not in listed:
+                del worker.member_ids[store.index]
+                if not worker.member_ids:
+                    self._worker_lost(worker)
         for member in message.members:
             try:
                 worker = self.workers.get(member.endpoint) or self._worker_joined(member)
@@ -223,6 +234,12 @@ class Fleet:
                 continue
             worker.member_ids[store.index] = member.member_id
             worker.load = member.load
+        self._events.on_news()
+
+    def _forget_members(self, store: Store) -> None:
+        """A store that restarted lists its workers as they come back. Until then they go on."""
+        for worker in self.workers.values():
+            worker.member_ids.pop(store.index, None)
 
     async def _beat_worker(self, worker: Worker) -> None:
         """A connection that broke is noticed by the hello that this brings about."""
@@ -232,12 +249,26 @@ class Fleet:
                 await worker.link.call(Heartbeat(), timeout_s=_WORKER_BEAT_S)
             except KvbatonError as error:
                 log.info("worker_silent", name=worker.member.name, reason=error.message)
+                self._look_after(worker)
+
+    def _look_after(self, worker: Worker) -> None:
+        """No store will tell that it is lost if none has it as a member."""
+        if not worker.member_ids and self.workers.get(worker.member.endpoint) is worker:
+            self._worker_lost(worker)
 
     def _worker_joined(self, member: Member) -> Worker:
         def welcomed(_welcome: Welcome) -> None:
             if worker.is_known:  # it has forgotten us, and with us what it had for us
                 self._events.on_worker_lost(worker)
-            worker.is_known = True
+            worker.is_known, worker.is_lost = True, False
+            self._events.on_news()
+
+        def lost() -> None:
+            # It has ended, or the connection broke and it gives up what it has for us.
+            worker.is_lost = True
+            self._events.on_worker_lost(worker)
+            link.reset()
+            self._look_after(worker)
 
         def handle(message: Message) -> None:
             if isinstance(message, OutputTokens):
@@ -250,10 +281,12 @@ class Fleet:
             self._seams.transport,
             member.endpoint,
             decoder(FromWorker),
+            role=member.role,
             hello=lambda: self._hello(member.fingerprint),
             welcomed=welcomed,
             handle=handle,
             refused=_log_refused,
+            lost=lost,
         )
         worker = self.workers[member.endpoint] = Worker(member, link)
         self._tasks.spawn(self._beat_worker(worker), "worker-heartbeat")
@@ -265,6 +298,7 @@ class Fleet:
         del self.workers[worker.member.endpoint]
         worker.link.close()
         self._events.on_worker_lost(worker)
+        self._events.on_news()
 
 
 def _log_refused(error: KvbatonError) -> None:

@@ -34,56 +34,28 @@ class TextToken:
     finish_reason: str | None
 
 
-class Generation:
-    """One choice of one request: tokens in order, text in order, ended by stop strings.
+class TextOutput:
+    """The text of one output, token by token, up to a stop string.
 
     The token that ends a text (eos, a stop token id) counts but has no text of its own. Stop
     strings are looked for in what comes after the first `min_tokens` tokens.
     """
 
     def __init__(
-        self,
-        stream: TokenStream,
-        detokenizer: Detokenizer,
-        stop: Sequence[str] = (),
-        *,
-        min_tokens: int = 0,
+        self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0
     ) -> None:
-        self.stream = stream
-        self.num_output_tokens = 0
+        self.num_tokens = 0
         self._detokenizer = detokenizer
         self._stop = StopStrings(stop)
         self._min_tokens = min_tokens
-        self._events = aiter(stream)
-        self._is_over = False
 
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> TextToken:
-        """One TextToken a token; raises what the stream raises."""
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            event = await anext(self._events)
-        except StopAsyncIteration:
-            raise KvbatonError("the token stream ended before its last token") from None
-        token = self._text_token(event)
-        self._is_over = token.finish_reason is not None
-        if self._is_over and event.finish_reason is None:
-            self.stream.cancel()
-        return token
-
-    def cancel(self) -> None:
-        """Free what the request holds. Idempotent; not needed after the last token."""
-        self.stream.cancel()
-
-    def _text_token(self, event: TokenEvent) -> TextToken:
-        self.num_output_tokens += 1
+    def add(self, event: TokenEvent) -> TextToken:
+        """The next token. After one with a finish reason there is none."""
+        self.num_tokens += 1
         text = "" if event.finish_reason == "stop" else self._detokenizer.add(event.token_id)
         if event.finish_reason is not None:
             text += self._detokenizer.flush()
-        if self.num_output_tokens > self._min_tokens:
+        if self.num_tokens > self._min_tokens:
             text = self._stop.add(text)
         finish_reason = event.finish_reason
         if self._stop.matched is not None:
@@ -98,6 +70,42 @@ class Generation:
             top_logprobs=event.top_logprobs,
             finish_reason=finish_reason,
         )
+
+
+class Generation:
+    """One choice of one request: tokens in order, with their text, ended by stop strings."""
+
+    def __init__(self, stream: TokenStream, output: TextOutput) -> None:
+        """`output` has the tokens that come before those of the stream, if there are any."""
+        self.stream = stream
+        self._output = output
+        self._events = aiter(stream)
+        self._is_over = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self._output.num_tokens
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> TextToken:
+        """One TextToken a token; raises what the stream raises."""
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            event = await anext(self._events)
+        except StopAsyncIteration:
+            raise KvbatonError("the token stream ended before its last token") from None
+        token = self._output.add(event)
+        self._is_over = token.finish_reason is not None
+        if self._is_over and event.finish_reason is None:
+            self.stream.cancel()
+        return token
+
+    def cancel(self) -> None:
+        """Free what the request holds. Idempotent; not needed after the last token."""
+        self.stream.cancel()
 
 
 def check_stop(stop: Sequence[str]) -> None:

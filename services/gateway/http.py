@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.metrics import REGISTRY, exposition
 from common.seams import Clock, Rng
 from common.service import Tasks
-from kvbaton.errors import KvbatonError, UnavailableError
+from kvbaton.errors import ForbiddenError, KvbatonError, UnavailableError
 from services.gateway.backend import Backend
+from services.gateway.http_access import Gate, HttpAccess
 from services.gateway.http_server import HttpServer, listen
 from services.gateway.openai.endpoints import Endpoints
 from services.gateway.openai.errors import on_http_error, on_kvbaton_error
@@ -43,7 +44,8 @@ class HttpFace:
     """Serves the OpenAI API from a backend.
 
     Several processes may serve one `port`; port 0 takes a free one, then found in `port`. `tasks`
-    owns the server's task. `more_metrics()` is added to /metrics.
+    owns the server's task. `more_metrics()` is added to /metrics. `access` says who is let in;
+    without it, everybody is. A client that reads nothing for `slow_reader_s` is cut off.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class HttpFace:
         host: str = "127.0.0.1",
         port: int = 8000,
         backlog: int = 512,
+        access: HttpAccess | None = None,
+        slow_reader_s: float = 30.0,
     ) -> None:
         self.port = port
         self._backend = backend
@@ -68,6 +72,8 @@ class HttpFace:
         self._more_metrics = more_metrics
         self._host = host
         self._backlog = backlog
+        self._access = access or HttpAccess()
+        self._slow_reader_s = slow_reader_s
         self._server: HttpServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._stopping: asyncio.Future[None] | None = None
@@ -84,8 +90,9 @@ class HttpFace:
             rng=self._rng,
             stopping=self._stopping,
         )
-        app = _RequestScope(self._starlette(endpoints), self._rng)
-        self._server = HttpServer(app)
+        gate = Gate(self._starlette(endpoints), self._access.keys, self._clock)
+        app = _RequestScope(gate, self._rng)
+        self._server = HttpServer(app, self._access.tls, self._slow_reader_s)
         self._serving = self._tasks.spawn(self._serve(self._server, listener), "http")
         log.info("http_listening", host=self._host, port=self.port)
 
@@ -131,7 +138,9 @@ class HttpFace:
             raise UnavailableError("no worker of every needed role is alive")
         return Response()
 
-    async def _metrics(self, _request: Request) -> Response:
+    async def _metrics(self, request: Request) -> Response:
+        if not request.state.caller.is_operator:
+            raise ForbiddenError("metrics tell about all tenants: this needs an operator's key")
         lines = [exposition()]
         for key, value in self._backend.stats().items():
             name = f"kvbaton_gateway_{key}"
@@ -148,8 +157,7 @@ class _RequestScope:
         self._rng = rng
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = _request_id(scope) or self._rng.new_id()
-        scope["state"]["request_id"] = request_id
+        scope["state"]["request_id"] = _request_id(scope) or self._rng.new_id()
         status = 499
         is_whole = False
 
@@ -158,7 +166,8 @@ class _RequestScope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 date = formatdate(usegmt=True).encode()
-                extra = [(b"date", date), (b"x-request-id", request_id.encode())]
+                shown_id = scope["state"]["request_id"].encode()
+                extra = [(b"date", date), (b"x-request-id", shown_id)]
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
             is_whole = not message.get("more_body", True)
@@ -166,7 +175,7 @@ class _RequestScope:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            log.exception("http_request_failed", request=request_id)
+            log.exception("http_request_failed", request=scope["state"]["request_id"])
             if not is_whole:
                 raise  # too late for words: the connection is closed on an unfinished answer
         finally:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import structlog
 
-from common.config import StartError, setting
+from common.config import INSECURE_HELP, KEYS_HELP, StartError, setting
 from common.service import Seams, Tasks
 from services.gateway.admin import Admin, load_admin_key
+from services.gateway.admission import Admission
 from services.gateway.clients import ClientFace
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.http import HttpFace
+from services.gateway.http_access import load_access
 from services.gateway.store_metrics import store_metrics
 from services.gateway.text import TextModel
 
@@ -40,8 +42,26 @@ class GatewayConfig:
         "colocated: decode workers compute prompts too",
         choices="disaggregated colocated",
     )
+    api_keys: str = setting("", "TOML file with the API keys of the HTTP server; none: no keys")
+    open_http: bool = setting(False, "serve HTTP without keys also where others can reach it")
+    tls_cert: str = setting("", "PEM file with the HTTP server's certificate and those above it")
+    tls_key: str = setting("", "private PEM file with its key")
+    slow_reader_s: float = setting(
+        30.0, "a client that reads nothing for so long is cut off", low=0
+    )
     admin_key_file: str = setting("", "private file with the key for audit and why; none: no audit")
     max_requests: int = setting(4096, "requests served at once", low=1)
+    max_waiting_tokens: int = setting(
+        4_000_000, "prompt tokens of requests that wait for their first token", low=1
+    )
+    max_wait_s: float = setting(
+        30.0, "a request is refused if it would wait longer than this for its turn", low=0
+    )
+    max_outage_s: float = setting(
+        60.0, "how long a request that has begun waits for workers or a store to come back", low=0
+    )
+    keys: str = setting("", KEYS_HELP)
+    insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")
 
 
@@ -54,6 +74,7 @@ class Gateway:
         self._seams = seams
         self._tasks = Tasks(self._fail)
         self._dispatcher: Dispatcher | None = None
+        self._text: TextModel | None = None
         self._http: HttpFace | None = None
         self._clients: ClientFace | None = None
 
@@ -61,14 +82,27 @@ class Gateway:
         """Load the tokenizer, connect to the stores, serve. Raises StartError."""
         config, seams = self.config, self._seams
         admin_key = load_admin_key(config.admin_key_file) if config.admin_key_file else ""
-        text = TextModel(Path(config.model), config.served_model_name or None)
+        access = load_access(
+            host=config.host,
+            api_keys=config.api_keys,
+            tls_cert=config.tls_cert,
+            tls_key=config.tls_key,
+            open_http=config.open_http,
+            clock=seams.clock,
+        )
+        self._text = text = TextModel(Path(config.model), config.served_model_name or None)
         self._dispatcher = Dispatcher(
             seams,
             self._tasks,
             name=config.name,
             stores=config.stores.split(","),
             mode=config.mode,
-            max_requests=config.max_requests,
+            admission=Admission(
+                max_requests=config.max_requests,
+                max_tokens=config.max_waiting_tokens,
+                max_wait_s=config.max_wait_s,
+            ),
+            max_outage_s=config.max_outage_s,
         )
         fleet = self._dispatcher.fleet
         self._clients = ClientFace(
@@ -79,6 +113,7 @@ class Gateway:
             Admin(admin_key, fleet.stores, seams.clock),
             tasks=self._tasks,
             instance_id=seams.rng.new_id(),
+            slow_reader_s=config.slow_reader_s,
         )
         self._http = HttpFace(
             self._dispatcher,
@@ -89,6 +124,8 @@ class Gateway:
             more_metrics=lambda: store_metrics(fleet.stores),
             host=config.host,
             port=config.http_port,
+            access=access,
+            slow_reader_s=config.slow_reader_s,
         )
         try:
             await self._http.start()
@@ -109,6 +146,8 @@ class Gateway:
         await self._tasks.close()
         if self._dispatcher is not None:
             self._dispatcher.close()
+        if self._text is not None:
+            self._text.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():

@@ -18,7 +18,7 @@ class RequestStream:
         self.timeline = Timeline(received_at=received_at)
         self.num_cached_tokens = 0
         self._was_opened = False
-        self.tokens: list[int] = []
+        self.tokens = list(request.resumed)
         self.is_over = False
         self.task: asyncio.Task[None] | None = None  # serves the request
         self._early: dict[int, OutputToken] = {}  # came before one with a smaller index
@@ -43,6 +43,7 @@ class RequestStream:
     def opened(self, num_cached_tokens: int) -> None:
         """An attempt found so much of the prompt. What an earlier one had to compute, or a later
         one computes again, was not cached for this request."""
+        num_cached_tokens = min(num_cached_tokens, len(self.request.prompt))  # not what was resumed
         if not self._was_opened or num_cached_tokens < self.num_cached_tokens:
             self.num_cached_tokens = num_cached_tokens
         self._was_opened = True

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from common.config import StartError
 from kvbaton.errors import InvalidRequestError
 from services.gateway.detokenizer import Detokenizer
+from services.gateway.generation import tokenize
+from services.gateway.templates import ChatTemplate, TemplateFailedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_MAX_REASON_CHARS = 300
 
 
 class TextModelError(StartError):
@@ -47,21 +42,46 @@ class TextModel:
         if not isinstance(vocab_size, int):
             vocab_size = self._tokenizer.get_vocab_size()
         self.vocab_size: int = vocab_size
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text. Raises InvalidRequestError for text that is not Unicode."""
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        most_tokens: int | None = None,
+        field: str = "prompt",
+    ) -> list[int]:
+        """The ids of a text.
+
+        Raises InvalidRequestError (`field`) for text that is not Unicode, or that is sure to have
+        more than `most_tokens`: megabytes of it would take half a minute.
+        """
+        if most_tokens is not None and len(text) > most_tokens * self._longest_token:
+            raise InvalidRequestError(
+                f"text of {len(text)} characters does not fit the model's context of "
+                f"{most_tokens} tokens",
+                field=field,
+            )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:  # a lone surrogate
-            raise InvalidRequestError("text is not valid Unicode", field="prompt") from error
+            raise InvalidRequestError("text is not valid Unicode", field=field) from error
         return ids
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        most_tokens: int | None = None,
+        **options: Any,
+    ) -> list[int]:
         """The ids of a conversation in the model's own format, up to where the answer begins.
 
         `options` reach the template by name; `add_generation_prompt` is true unless given. Raises
-        InvalidRequestError (messages) when there is no template or it refuses the messages.
+        InvalidRequestError (messages) when there is no template or it refuses the messages, and
+        what `encode` raises.
         """
         if self._template is None:
             raise InvalidRequestError(
@@ -69,13 +89,22 @@ class TextModel:
             )
         values = {"add_generation_prompt": True, **self._special_tokens, **options}
         try:
-            text = self._template.render(messages=messages, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            reason = str(error)[:_MAX_REASON_CHARS]
+            text = await self._template.render({"messages": messages, **values})
+        except TemplateFailedError as error:
             raise InvalidRequestError(
-                f"the model's chat template refuses the messages: {reason}", field="messages"
+                f"the model's chat template refuses the messages: {error}", field="messages"
             ) from error
-        return self.encode(text, add_special_tokens=False)
+        return await tokenize(
+            len(text),
+            lambda: self.encode(
+                text, add_special_tokens=False, most_tokens=most_tokens, field="messages"
+            ),
+        )
+
+    def close(self) -> None:
+        """End the process of the chat template."""
+        if self._template is not None:
+            self._template.close()
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh detokenizer for one output."""
@@ -127,7 +156,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _load_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+def _load_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     try:
         if path.is_file():
@@ -137,42 +166,6 @@ def _load_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template |
             source = config.get("chat_template")
         if isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        return None if source is None else _environment().from_string(source)
-    except (OSError, ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+        return None if source is None else ChatTemplate(source)
+    except (OSError, ValueError, TypeError, LookupError, TemplateFailedError) as error:
         raise TextModelError(f"{path}: chat template: {error}") from error
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks the answers in training data; here it has no meaning."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """What chat templates are written for: the environment of transformers."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Unlike jinja2's own filter, without escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(pattern)

@@ -163,22 +163,18 @@ def _handoff_row(handoff: Handoff, age_s: float | None, name: Name) -> HandoffAu
 
 
 def _waits_for(handoff: Handoff, name: Name) -> str:
-    match handoff.state:
-        case HandoffState.WAITING:
-            return "room for its blocks"
-        case HandoffState.RESERVED:
-            return f"{name(handoff.prefill_id)} to begin"
-        case HandoffState.FILLING:
-            return f"{name(handoff.writer)} to compute the prompt"
-        case HandoffState.SEALED:
-            return f"{name(handoff.decode_id)} to claim it"
-        case HandoffState.CLAIMED:
-            return f"{name(handoff.writer)} to finish"
-        case HandoffState.ABORTING:
-            waits_for = f"{name(handoff.writer)} to quit or end"
-            if not handoff.is_fenced:
-                waits_for += f", {name(handoff.gateway_id)} to confirm or end"
-            return waits_for
+    writer = name(handoff.writer)
+    if handoff.state is HandoffState.ABORTING and not handoff.is_fenced:
+        return f"{writer} to quit or end, {name(handoff.gateway_id)} to confirm or end"
+    return {
+        HandoffState.WAITING: "room for its blocks",
+        HandoffState.RESERVED: f"{name(handoff.prefill_id)} to begin",
+        HandoffState.FILLING: f"{writer} to compute the prompt",
+        HandoffState.SEALED: f"{name(handoff.decode_id)} to claim it",
+        HandoffState.CLAIMED: f"{writer} to finish",
+        HandoffState.ABORTING: f"{writer} to quit or end",
+        HandoffState.HELD: f"{name(handoff.gateway_id)} to go on from it elsewhere",
+    }[handoff.state]
 
 
 # ---- history ----------------------------------------------------------------------------------

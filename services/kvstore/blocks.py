@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from services.kvstore.eviction import EvictionOrder, Order
 
@@ -41,7 +41,7 @@ class Block:
     """One block. `writer` while granted or quarantined; `name` and `num_readers` once committed.
 
     A committed block whose key another block already answers for is not indexed: its `name` is None
-    and it is freed with its last reader.
+    and it is freed with its last reader. `is_corrupt`: its bytes are not what was written.
     """
 
     state: BlockState = BlockState.FREE
@@ -49,13 +49,30 @@ class Block:
     name: BlockName | None = None
     num_readers: int = 0
     stamp: int = 0
+    is_corrupt: bool = False
+
+
+class BlockJournal(Protocol):
+    """Is told of what must be known of a block when its store has died (journal.py)."""
+
+    def write(self, block_id: int, block: Block) -> None:
+        """The block is another from now on; somebody uses it, unless it is free."""
+
+    def used(self, block_id: int) -> None:
+        """Somebody reads the final block, which nobody used."""
+
+    def unused(self, block_id: int) -> None:
+        """Nobody uses the final block any more."""
 
 
 class BlockPool:
     """The blocks of one arena, numbered from 0."""
 
-    def __init__(self, num_blocks: int, order: Order | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, order: Order | None = None, journal: BlockJournal | None = None
+    ) -> None:
         """`order`: which cached block goes first; the default unless given."""
+        self._journal = journal
         self.num_blocks = num_blocks
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: deque[int] = deque(range(num_blocks))
@@ -112,6 +129,8 @@ class BlockPool:
             if block.state is BlockState.CACHED:
                 self._cached.remove(block_id)
                 self._move(block, BlockState.COMMITTED)
+                if self._journal is not None:
+                    self._journal.used(block_id)
             block.num_readers += 1
 
     def unpin(self, block_ids: Sequence[int], *, cold: bool = False) -> None:
@@ -126,9 +145,12 @@ class BlockPool:
                 continue
             if block.name is None:
                 self._set_free(block_id)
+                self._write(block_id)
             else:
                 self._move(block, BlockState.CACHED)
                 self._cached.add(block_id, block.name.tenant, key=block.name.key, cold=cold)
+                if self._journal is not None:
+                    self._journal.unused(block_id)
 
     def grant(self, count: int, writer: str) -> list[int]:
         """Give `count` blocks to `writer`, evicting cache if need be; the caller has checked."""
@@ -142,6 +164,7 @@ class BlockPool:
             self._move(block, BlockState.GRANTED)
             block.writer = writer
             block.stamp += 1
+            self._write(block_id)
             granted.append(block_id)
         return granted
 
@@ -153,16 +176,16 @@ class BlockPool:
         self._move(block, BlockState.COMMITTED)
         block.writer, block.num_readers = "", 1
         if name is not None and name.key not in self._index:
-            self._index[name.key] = block_id
-            self._num_children[name.parent] = self._num_children.get(name.parent, 0) + 1
-            self.num_indexed += 1
             block.name = name
+            self._add_name(block_id)
+        self._write(block_id)
 
     def discard(self, block_id: int) -> bool:
         """A committed or cached block is not what its key says: nobody shall find it any more.
         False if it could not be found anyway."""
         block = self[block_id]
         assert block.state in (BlockState.COMMITTED, BlockState.CACHED)
+        block.is_corrupt = True
         if block.name is None:
             return False
         if block.state is BlockState.CACHED:
@@ -170,6 +193,7 @@ class BlockPool:
             self._set_free(block_id)
         else:
             self._forget_name(block)
+        self._write(block_id)
         return True
 
     def coldest(self, count: int) -> list[int]:
@@ -183,12 +207,14 @@ class BlockPool:
         assert block.state is BlockState.GRANTED
         block.writer = writer
         block.stamp += 1
+        self._write(block_id)
 
     def free(self, block_ids: Iterable[int]) -> None:
         """Granted or quarantined blocks whose writer writes no more become free."""
         for block_id in block_ids:
             assert self[block_id].state in (BlockState.GRANTED, BlockState.QUARANTINED)
             self._set_free(block_id)
+            self._write(block_id)
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
         """Granted blocks are taken from a writer that may still be writing."""
@@ -196,6 +222,21 @@ class BlockPool:
             block = self[block_id]
             assert block.state is BlockState.GRANTED
             self._move(block, BlockState.QUARANTINED)
+
+    def blame(self, block_ids: Iterable[int], writer: str) -> None:
+        """Quarantined blocks wait for another writer from now on."""
+        for block_id in block_ids:
+            assert self[block_id].state is BlockState.QUARANTINED
+            self[block_id].writer = writer
+
+    def restore(self, blocks: Sequence[Block]) -> None:
+        """Begin with these blocks, all new until now. None of them is cached yet: those with a name
+        are read."""
+        for block_id, block in enumerate(blocks):
+            self._move(self[block_id], block.state)
+            self._blocks[block_id] = block
+            self._add_name(block_id)
+        self._free = deque(each for each in self._free if self[each].state is BlockState.FREE)
 
     def written_by(self, writer: str) -> list[int]:
         """The blocks that `writer` was granted, or that are quarantined because of it."""
@@ -234,6 +275,7 @@ class BlockPool:
         block.state = state
 
     def _evict(self) -> None:
+        """The journal hears of the grant that follows: until then the block is as it was."""
         self._set_free(self._cached.victim(self._is_leaf))
         self.num_evicted += 1
 
@@ -246,8 +288,19 @@ class BlockPool:
         block = self[block_id]
         self._forget_name(block)
         self._move(block, BlockState.FREE)
-        block.writer, block.num_readers = "", 0
+        block.writer, block.num_readers, block.is_corrupt = "", 0, False
         self._free.append(block_id)
+
+    def _write(self, block_id: int) -> None:
+        if self._journal is not None:
+            self._journal.write(block_id, self[block_id])
+
+    def _add_name(self, block_id: int) -> None:
+        name = self[block_id].name
+        if name is not None:
+            self._index[name.key] = block_id
+            self._num_children[name.parent] = self._num_children.get(name.parent, 0) + 1
+            self.num_indexed += 1
 
     def _forget_name(self, block: Block) -> None:
         name = block.name

@@ -20,6 +20,7 @@ from common.messages import (
     Lease,
     Leased,
     Message,
+    Ok,
     OpenHandoff,
     Quit,
     Release,
@@ -27,6 +28,7 @@ from common.messages import (
     Sealed,
     StaleError,
     Suspend,
+    Yield,
 )
 from common.net.server import failed
 from kvbaton.errors import ProtocolError, UnavailableError
@@ -99,18 +101,13 @@ class Broker:
             if call is None:
                 continue  # aborted while the others were told
             member_id, call_id = call
-            opened = HandoffOpened(
-                call_id=call_id,
-                handoff_id=handoff.handoff_id,
-                epoch=handoff.epoch,
-                num_cached_blocks=handoff.num_cached,
-            )
-            self._send(member_id, opened)
+            self._send(member_id, _opened(handoff, call_id))
 
     def lose(self, member_id: str, reason: str) -> None:
-        """A member is gone: nobody can go on with its handoffs."""
+        """A member is gone: its handoffs cannot go on, but their gateways may, from there."""
         for handoff in self.ledger.handoffs_of(member_id):
-            self._abort(handoff, member_id, reason)
+            is_kept = self._role_of(handoff.gateway_id) is not None
+            self._abort(handoff, member_id, reason, is_kept=is_kept)
 
     def lose_writer(self, member_id: str) -> None:
         """A member was not heard from: what it may still write into is quarantined."""
@@ -139,22 +136,33 @@ class Broker:
                 raise UnavailableError("a worker of this handoff has gone", retry_after_s=1)
             if found != role:
                 raise ProtocolError(f"{member_id} is a {found}, not a {role} worker")
-        handoff = self.ledger.open(
-            OpenRequest(
-                request_id=message.request_id,
-                gateway_id=gateway_id,
-                prefill_id=message.prefill_id,
-                decode_id=message.decode_id,
-                tenant=message.tenant,
-                root_key=message.root_key,
-                keys=message.keys,
-                num_tokens=message.num_tokens,
-            )
+        request = OpenRequest(
+            request_id=message.request_id,
+            gateway_id=gateway_id,
+            prefill_id=message.prefill_id,
+            decode_id=message.decode_id,
+            tenant=message.tenant,
+            root_key=message.root_key,
+            keys=message.keys,
+            num_tokens=message.num_tokens,
+            after=message.after,
         )
-        self.notes.handoff("handoff_opened", handoff, gateway_id)
+        self.ledger.check_open(request)
+        self._end_former(gateway_id, message.after)
+        handoff = self.ledger.open(request)
+        self.notes.handoff("handoff_opened", handoff, gateway_id, handoff.blocks)
+        if handoff.state is HandoffState.SEALED:
+            self._send(gateway_id, _opened(handoff, message.call_id))
+            return
         self._waiting_calls[handoff.handoff_id] = (gateway_id, message.call_id)
-        if not self._load_first(handoff):
+        if handoff.epoch > 1 or not self._load_first(handoff):
             self.ledger.line_up(handoff.handoff_id)
+
+    def _end_former(self, gateway_id: str, handoff_id: str) -> None:
+        """The gateway goes on from this handoff elsewhere: its workers hear of it first."""
+        former = self.ledger.handoffs.get(handoff_id)
+        if former is not None and former.gateway_id == gateway_id:
+            self._abort(former, gateway_id, "its gateway goes on elsewhere", is_kept=True)
 
     def prepared(self, handoff_id: str) -> None:
         """A handoff has what it waited for, if it is not over; others may have room by it."""
@@ -168,11 +176,20 @@ class Broker:
             (handoff_id for handoff_id, call in waiting if call == (gateway_id, call_id)), ""
         )
 
-    def _abort(self, handoff: Handoff, by: str, reason: str, *, is_fenced: bool = False) -> None:
+    def _abort(
+        self,
+        handoff: Handoff,
+        by: str,
+        reason: str,
+        *,
+        is_fenced: bool = False,
+        is_kept: bool = False,
+    ) -> None:
+        """`is_kept`: what is final of it is held, its gateway may go on from there."""
         before, was_fenced = handoff.state, handoff.is_fenced
         final = handoff.blocks[: handoff.num_committed]
         rest = handoff.blocks[handoff.num_committed :]
-        aborted = self.ledger.abort(handoff.handoff_id, is_fenced=is_fenced)
+        aborted = self.ledger.abort(handoff.handoff_id, is_fenced=is_fenced, is_kept=is_kept)
         if aborted is not None:
             detail = f"while {before.value}: {reason}"
             self.notes.handoff("handoff_aborted", handoff, by, [*final, *rest], detail)
@@ -187,7 +204,7 @@ class Broker:
             member_id, call_id = waiting
             self._send(member_id, failed(StaleError(reason), call_id))
         self._tell_aborted(handoff, reason, handoff.prefill_id, handoff.decode_id)
-        if not is_fenced:
+        if by != handoff.gateway_id:
             self._tell_aborted(handoff, reason, handoff.gateway_id)
 
     def _tell_aborted(self, handoff: Handoff, reason: str, *member_ids: str) -> None:
@@ -312,13 +329,24 @@ class Broker:
         self.notes.handoff("handoff_suspended", handoff, worker_id, blocks)
         self._waiting_calls[handoff.handoff_id] = (worker_id, message.call_id)
 
+    def _yield(self, worker_id: str, message: Yield) -> Ok:
+        handoff = self.ledger.yield_(
+            message.handoff_id,
+            message.epoch,
+            worker_id,
+            num_tokens=message.num_tokens,
+            blocks=message.blocks,
+        )
+        self.notes.handoff("handoff_yielded", handoff, worker_id, handoff.blocks)
+        return Ok()
+
     def _quit(self, worker_id: str, message: Quit) -> None:
         """A worker gives up, or confirms an abort."""
         handoff = self.ledger.handoffs.get(message.handoff_id)
         if handoff is None or handoff.epoch != message.epoch:
             return
         if handoff.needs(worker_id):
-            self._abort(handoff, worker_id, "a worker gave it up")
+            self._abort(handoff, worker_id, "a worker gave it up", is_kept=True)
         if handoff.state is HandoffState.ABORTING and handoff.writer == worker_id:
             self._writer_quits(handoff, worker_id)
 
@@ -337,14 +365,24 @@ class Broker:
 
     def _discard(self, worker_id: str, message: Discard) -> None:
         """Bytes did not fit their digest: others shall compute them anew."""
-        handoff = self.ledger.find(message.handoff_id, message.epoch)
+        handoff = self.ledger.find_any(message.handoff_id, message.epoch)
         num = self.ledger.discard(message.handoff_id, message.epoch, worker_id, message.indexes)
         blocks = handoff.readable(worker_id, message.indexes)
         self.notes.blocks("blocks_discarded", blocks, worker_id, handoff)
         log.error("blocks_corrupt", handoff=message.handoff_id, worker=worker_id, num_dropped=num)
-        self.num_corrupt += len(message.indexes)
+        self.num_corrupt += num
         for index in message.indexes:
             self._forget_stored(handoff.key_of(index))
+
+
+def _opened(handoff: Handoff, call_id: int) -> HandoffOpened:
+    return HandoffOpened(
+        call_id=call_id,
+        handoff_id=handoff.handoff_id,
+        epoch=handoff.epoch,
+        num_cached_blocks=handoff.num_cached,
+        is_whole=handoff.state is HandoffState.SEALED,
+    )
 
 
 _WORKER_HANDLERS: dict[type[Message], Callable[..., Message | None]] = {
@@ -354,6 +392,7 @@ _WORKER_HANDLERS: dict[type[Message], Callable[..., Message | None]] = {
     Claim: Broker._claim,
     Release: Broker._release,
     Suspend: Broker._suspend,
+    Yield: Broker._yield,
     Quit: Broker._quit,
     Lease: Broker._lease,
     GiveBack: Broker._give_back,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import setting
+from common.config import INSECURE_HELP, KEYS_HELP, setting
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,6 @@ class StoreConfig:
     disk_bytes: int = setting(4 << 30, "most bytes to keep on disk, e.g. 20G", low=1)
     heartbeat_s: float = setting(2.0, "interval of heartbeats", low=0.01)
     lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
+    keys: str = setting("", KEYS_HELP)
+    insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")

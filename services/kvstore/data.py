@@ -23,6 +23,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
+from common.messages.rights import RIGHTS
 from common.net.server import Server
 from common.service import Seams
 from kvbaton.errors import ProtocolError
@@ -49,6 +50,7 @@ class DataServer:
             seams.transport,
             endpoint,
             decoder(ToStore),
+            rights=RIGHTS["kvstore data"],
             accept=self._accept,
             handle=self._handle,
             gone=lambda _peer, _member: None,
@@ -64,6 +66,11 @@ class DataServer:
         """Whether the bytes of a final block, which came here with a digest, are others by now."""
         stamp, digest = self._arrival(block)
         return digest is not None and block_digest(key, stamp, self._bytes(block)) != digest
+
+    @property
+    def num_refused(self) -> int:
+        """Messages that their sender had no right to."""
+        return self._server.refusals.num
 
     def close(self) -> None:
         self._server.close()

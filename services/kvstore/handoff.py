@@ -3,6 +3,9 @@
 waiting -> reserved -> filling -> sealed -> claimed -> released, or aborted from anywhere. Who may
 write is always one member: prefill while filling, decode once it has claimed. A step repeated gives
 the same state again; one that is not due raises StaleError and changes nothing.
+
+A handoff that its workers lost or gave up is held: what is computed of it waits for its gateway, to
+go on from there in another handoff.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ class HandoffState(StrEnum):
     SEALED = "sealed"
     CLAIMED = "claimed"
     ABORTING = "aborting"
+    HELD = "held"
 
 
 _BEFORE_SEAL = (HandoffState.WAITING, HandoffState.RESERVED, HandoffState.FILLING)
+OVER = (HandoffState.ABORTING, HandoffState.HELD)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`."""
+    """What a gateway asks for. `keys` are those of the prompt's full blocks, after `root_key`;
+    `after` is the handoff to go on from."""
 
     request_id: str
     gateway_id: str
@@ -40,6 +46,7 @@ class OpenRequest:
     root_key: bytes
     keys: list[bytes]
     num_tokens: int
+    after: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,9 +71,13 @@ class Handoff:
     num_reserved: int = 0
     writer: str = ""
     is_fenced: bool = False  # once aborting: the gateway takes nothing of it any more
+    is_kept: bool = False  # once aborting or held: its gateway may go on from what is final
+    num_computed: int = 0  # positions, if the unfinished last block is final too: held or sealed
 
     def needs(self, member_id: str) -> bool:
         """Whether the handoff cannot go on without this member."""
+        if self.state is HandoffState.HELD:
+            return member_id == self.gateway_id
         if member_id == self.prefill_id and self.state in _BEFORE_SEAL:
             return True
         return member_id in (self.gateway_id, self.decode_id)
@@ -126,19 +137,23 @@ class Handoff:
         self.blocks[first_index:end] = blocks
         self.num_committed = end
 
-    def commit_late(self, pool: BlockPool, member_id: str, blocks: list[int]) -> None:
+    def commit_late(
+        self, pool: BlockPool, member_id: str, *, first_index: int, blocks: list[int]
+    ) -> None:
         """Decode says of an aborted handoff that blocks are final: they leave its lease, and are
-        never found. What it read meanwhile may have been reused."""
+        never found. Once it is fenced what it read may have been reused: they are nobody's."""
         self.expect_writer(member_id)
         self._expect_granted(pool, member_id, blocks)
         if len(set(blocks)) != len(blocks):
             raise StaleError("a block can be committed only once")
+        if first_index != self.num_committed and not self.is_fenced:
+            raise StaleError("commits must follow one another")
         for block_id in blocks:
             pool.commit(block_id, None)
         if self.is_fenced:
             pool.unpin(blocks)
         else:
-            self.blocks[self.num_committed : self.num_committed + len(blocks)] = blocks
+            self.blocks[first_index : first_index + len(blocks)] = blocks
             self.num_committed += len(blocks)
 
     def _name(self, index: int) -> BlockName:
@@ -171,6 +186,51 @@ class Handoff:
             raise StaleError("blocks that this handoff does not hold")
         return [self.blocks[index] for index in indexes]
 
+    def hand_back(
+        self, pool: BlockPool, member_id: str, *, num_tokens: int, blocks: list[int]
+    ) -> None:
+        """Decode hands on what it has computed: its unfinished block becomes the handoff's own."""
+        self.check_writer(pool, member_id, blocks)
+        for block_id in blocks:
+            pool.hand_on(block_id, self.handoff_id)
+        self.blocks[self.num_committed :] = blocks
+        self.num_computed = num_tokens
+        self.writer = ""
+        self.is_kept = True
+        self.state = HandoffState.HELD
+
+    def go_on_from(self, former: Handoff, pool: BlockPool, most_blocks: int) -> None:
+        """Take over what another computed of the same tokens, up to `most_blocks` full blocks; all
+        of it, with the unfinished block, where it is whole: then there is nothing to fill."""
+        num_same = self._num_same(former, pool)
+        is_same = num_same == former.num_committed and former.num_computed > 0
+        is_whole = is_same and former.num_computed == self.num_tokens - 1
+        num_kept = num_same if is_whole else min(num_same, most_blocks)
+        pool.unpin(former.blocks[num_kept : former.num_committed])
+        self.epoch = former.epoch + 1
+        self.blocks = former.blocks[:num_kept]
+        self.num_committed = self.num_cached = num_kept
+        if is_whole:
+            rest = former.blocks[former.num_committed :]
+            for block_id in rest:
+                pool.hand_on(block_id, self.handoff_id)
+            self.blocks += rest
+            self.num_tokens = self.num_computed = former.num_computed
+            del self.keys[num_same:]
+            self.state = HandoffState.SEALED
+        former.blocks = [] if is_whole else former.blocks[former.num_committed :]
+        former.num_committed = former.num_computed = 0
+
+    def _num_same(self, former: Handoff, pool: BlockPool) -> int:
+        """How many of its final blocks are of these tokens, and sound."""
+        keys = zip(self.keys, former.keys[: former.num_committed], strict=False)
+        num_same = 0
+        for block_id, (mine, theirs) in zip(former.blocks, keys, strict=False):
+            if mine != theirs or pool[block_id].is_corrupt:
+                break
+            num_same += 1
+        return num_same
+
     def claim(self, pool: BlockPool, member_id: str) -> None:
         """Decode takes over; the unfinished last block joins its lease."""
         if member_id != self.decode_id:
@@ -180,6 +240,7 @@ class Handoff:
         self.expect(HandoffState.SEALED)
         for block_id in self.blocks[self.num_committed :]:
             pool.hand_on(block_id, member_id)
+        self.num_computed = 0
         self.state = HandoffState.CLAIMED
         self.writer = member_id
 
@@ -189,9 +250,20 @@ class Handoff:
         del self.blocks[: self.num_committed]
         self.num_committed = 0
 
+    def hold(self, pool: BlockPool) -> None:
+        """Keep what is final for the gateway, and the unfinished last block if it is whole."""
+        rest = self.blocks[self.num_committed :]
+        if not self.num_computed:
+            if self.writer != self.decode_id:
+                pool.free(rest)
+            del self.blocks[self.num_committed :]
+        self.num_reserved = 0
+        self.writer = ""
+        self.state = HandoffState.HELD
+
     def drop_blocks(self, pool: BlockPool) -> None:
         """Unpin what is committed, free what is granted; decode's blocks stay in its lease."""
-        self.num_reserved = 0
+        self.num_reserved = self.num_computed = 0
         self.unpin(pool)
         if self.writer != self.decode_id:
             pool.free(self.blocks)

@@ -4,7 +4,9 @@ Each handoff is a row of the state machine in handoff.py. An epoch rises with ea
 handoff; a message from an older epoch is refused and changes nothing.
 
 Room is promised before work begins: an open handoff holds a reservation for its whole prompt, and
-`growth_blocks` are kept back for sequences that are already running.
+`growth_blocks` are kept back for sequences that are already running. A handoff that goes on from
+another stands first in the line, and has what was computed pinned all the while: unless nobody else
+can make room.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from collections.abc import Callable
 from common.messages import StaleError
 from kvbaton.errors import InvalidRequestError, OverloadedError, TooLargeError, UnprocessableError
 from services.kvstore.blocks import BlockPool, BlockState
-from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
+from services.kvstore.handoff import OVER, Handoff, HandoffState, OpenRequest
 from services.kvstore.staging import Staging
+
+_STANDS_STILL = (HandoffState.WAITING, *OVER)
 
 
 class Ledger:
@@ -39,7 +43,7 @@ class Ledger:
         self.num_reserved = 0
         self._waiting: deque[Handoff] = deque()
         self._preparing: dict[str, Handoff] = {}  # not in the line yet
-        self._no_room: tuple[int, int, int, int, str] | None = None  # where admitting ended
+        self._no_room: tuple[int | str, ...] | None = None  # where admitting ended
         self._new_id = new_id
         self._growth_blocks = growth_blocks
         self._prefix_cache = prefix_cache
@@ -49,28 +53,8 @@ class Ledger:
 
     def open(self, request: OpenRequest) -> Handoff:
         """A new handoff, not in the line for room before `line_up`; `admit` tells when it has it.
-
-        Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait,
-        UnprocessableError if the numbers of tokens and keys cannot be.
-        """
-        num_full = request.num_tokens // self.block_size
-        if request.num_tokens < 1 or len(request.keys) > num_full:
-            raise UnprocessableError(
-                f"num_tokens must be at least 1 and fill a block for each key, got "
-                f"{request.num_tokens} tokens and {len(request.keys)} keys",
-                field="num_tokens",
-            )
-        num_blocks = self._blocks_for(request.num_tokens)
-        if num_blocks > self.pool.num_blocks - 1:
-            raise InvalidRequestError(
-                f"the prompt needs {num_blocks} KV blocks, the KV store has "
-                f"{self.pool.num_blocks}: raise --kv-bytes or shorten the prompt",
-                field="prompt",
-            )
-        if self.num_waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{self._max_waiting} requests already wait for KV blocks", retry_after_s=1
-            )
+        Raises as `check_open` does."""
+        self.check_open(request)
         handoff = Handoff(
             handoff_id=self._new_id(),
             epoch=1,
@@ -84,12 +68,49 @@ class Ledger:
             num_tokens=request.num_tokens,
         )
         self.handoffs[handoff.handoff_id] = self._preparing[handoff.handoff_id] = handoff
+        former = self.handoffs.get(request.after)
+        if former is not None and former.gateway_id == request.gateway_id:
+            self._go_on(handoff, former)
         return handoff
+
+    def check_open(self, request: OpenRequest) -> None:
+        """Raises InvalidRequestError if the prompt can never fit, OverloadedError if too many wait,
+        UnprocessableError if the numbers of tokens and keys cannot be."""
+        num_full = request.num_tokens // self.block_size
+        if request.num_tokens < 1 or len(request.keys) > num_full:
+            raise UnprocessableError(
+                f"num_tokens must be at least 1 and fill a block for each key, got "
+                f"{request.num_tokens} tokens and {len(request.keys)} keys",
+                field="num_tokens",
+            )
+        num_blocks = self._blocks_for(request.num_tokens)
+        if num_blocks > self.pool.num_blocks - (not request.after):
+            raise InvalidRequestError(
+                f"the prompt needs {num_blocks} KV blocks, the KV store has "
+                f"{self.pool.num_blocks}: raise --kv-bytes or shorten the prompt",
+                field="prompt",
+            )
+        if self.num_waiting >= self._max_waiting and not request.after:
+            raise OverloadedError(
+                f"{self._max_waiting} requests already wait for KV blocks", retry_after_s=1
+            )
+
+    def _go_on(self, handoff: Handoff, former: Handoff) -> None:
+        """`former` ends, and what is final of it passes on."""
+        self.abort(former.handoff_id, is_fenced=False, is_kept=True)
+        handoff.go_on_from(former, self.pool, len(self.usable_keys(handoff)))
+        self.abort(former.handoff_id, is_fenced=True)
+        if handoff.state is HandoffState.SEALED:
+            del self._preparing[handoff.handoff_id]
 
     def line_up(self, handoff_id: str) -> None:
         """A new handoff is prepared to wait for room, if it is not over."""
         handoff = self._preparing.pop(handoff_id, None)
-        if handoff is not None:
+        if handoff is None:
+            return
+        if handoff.epoch > 1:
+            self._waiting.appendleft(handoff)
+        else:
             self._waiting.append(handoff)
 
     def admit(self) -> list[Handoff]:
@@ -100,16 +121,24 @@ class Ledger:
         admitted: list[Handoff] = []
         if self._room() == self._no_room:
             return admitted  # asked after every message, and looking up a long prompt costs
-        while self._waiting and self._reserve(self._waiting[0]):
-            admitted.append(self._waiting.popleft())
+        while self._waiting and (self._reserve(self._waiting[0]) or self._make_room()):
+            if self._waiting[0].state is HandoffState.RESERVED:
+                admitted.append(self._waiting.popleft())
         self._no_room = self._room()
         return admitted
 
-    def _room(self) -> tuple[int, int, int, int, str]:
+    def _room(self) -> tuple[int | str, ...]:
         """All that decides whether the first in line can be admitted."""
-        first = self._waiting[0].handoff_id if self._waiting else ""
-        pool = self.pool
-        return pool.num_available, pool.num_indexed, self.num_reserved, self._num_open(), first
+        if not self._waiting:
+            return ()
+        return (
+            self._waiting[0].handoff_id,
+            self.pool.num_available,
+            self.pool.num_indexed,
+            self.num_reserved,
+            self._num_open(),
+            len(self._can_give()),
+        )
 
     def usable_keys(self, handoff: Handoff) -> list[bytes]:
         """The keys of the prompt's blocks that need no computing if they are found."""
@@ -124,20 +153,39 @@ class Ledger:
         return self.pool.num_available - self.num_reserved
 
     def _reserve(self, handoff: Handoff) -> bool:
-        cached = self.pool.lookup(self.usable_keys(handoff))
-        needed = self._blocks_for(handoff.num_tokens) - len(cached)
+        keys = self.usable_keys(handoff)[handoff.num_committed :]
+        cached = self.pool.lookup(keys)
+        needed = self._blocks_for(handoff.num_tokens) - handoff.num_committed - len(cached)
         room = self.room - self.pool.num_cached(cached)
         # With nothing else open the growth reserve has nobody to serve.
         kept_back = self._growth_blocks if self._num_open() else 0
         if needed + kept_back > room:
             return False
         self.pool.pin(cached)
-        handoff.blocks = cached
-        handoff.num_committed = handoff.num_cached = len(cached)
+        handoff.blocks += cached
+        handoff.num_committed = handoff.num_cached = len(handoff.blocks)
         handoff.num_reserved = needed
         self.num_reserved += needed
         handoff.state = HandoffState.RESERVED
         return True
+
+    def _make_room(self) -> bool:
+        """Others that stand still give up what they hold for the first in line. False if none has
+        anything, or room may come by somebody's progress."""
+        can_give = self._can_give()
+        for handoff in can_give:
+            handoff.drop_blocks(self.pool)
+        return bool(can_give)
+
+    def _can_give(self) -> list[Handoff]:
+        """Who holds blocks that nobody writes, if nobody's progress can make room."""
+        if any(handoff.state not in _STANDS_STILL for handoff in self.handoffs.values()):
+            return []
+        return [
+            handoff
+            for handoff in self.handoffs.values()
+            if handoff.blocks and handoff is not self._waiting[0] and not handoff.writer
+        ]
 
     @property
     def num_waiting(self) -> int:
@@ -182,7 +230,7 @@ class Ledger:
             and handoff.state is HandoffState.ABORTING
             and (handoff.epoch, handoff.decode_id) == (epoch, member_id)
         ):
-            handoff.commit_late(self.pool, member_id, blocks)
+            handoff.commit_late(self.pool, member_id, first_index=first_index, blocks=blocks)
             return handoff
         handoff = self.find(handoff_id, epoch)
         handoff.commit(self.pool, member_id, first_index=first_index, blocks=blocks, keys=keys)
@@ -191,7 +239,14 @@ class Ledger:
     def find(self, handoff_id: str, epoch: int) -> Handoff:
         """A living handoff. Raises StaleError if it is over or at another epoch."""
         handoff = self.handoffs.get(handoff_id)
-        if handoff is None or handoff.state is HandoffState.ABORTING:
+        if handoff is not None and handoff.state in OVER:
+            raise StaleError("this handoff is over")
+        return self.find_any(handoff_id, epoch)
+
+    def find_any(self, handoff_id: str, epoch: int) -> Handoff:
+        """A handoff that has blocks still. Raises StaleError if there is none of this epoch."""
+        handoff = self.handoffs.get(handoff_id)
+        if handoff is None:
             raise StaleError("this handoff is over")
         if handoff.epoch != epoch:
             raise StaleError(f"this handoff is at epoch {handoff.epoch}, not {epoch}")
@@ -199,10 +254,13 @@ class Ledger:
 
     def discard(self, handoff_id: str, epoch: int, member_id: str, indexes: list[int]) -> int:
         """A worker found that blocks it read are not what their digests say: they are found no
-        more. Returns how many could be found until now."""
-        blocks = self.find(handoff_id, epoch).readable(member_id, indexes)
+        more. Returns how many of them nobody had found out before."""
+        blocks = self.find_any(handoff_id, epoch).readable(member_id, indexes)
         final = [block for block in blocks if self.pool[block].state is BlockState.COMMITTED]
-        return sum(self.pool.discard(block) for block in final)
+        sound = [block for block in final if not self.pool[block].is_corrupt]
+        for block in sound:
+            self.pool.discard(block)
+        return len(sound)
 
     def seal(self, handoff_id: str, epoch: int, member_id: str, *, finished: bool) -> Handoff:
         """Prefill writes no more. `finished`: there is nothing to decode, all is released."""
@@ -215,6 +273,7 @@ class Ledger:
             self._close(handoff)
         else:
             handoff.state = HandoffState.SEALED
+            handoff.num_computed = handoff.num_tokens
             handoff.writer = ""
         return handoff
 
@@ -230,6 +289,25 @@ class Ledger:
         handoff.expect(HandoffState.CLAIMED)
         handoff.expect_writer(member_id)
         self._close(handoff)
+
+    def yield_(
+        self, handoff_id: str, epoch: int, member_id: str, *, num_tokens: int, blocks: list[int]
+    ) -> Handoff:
+        """Decode writes no more; what it has computed is held for its gateway to go on from.
+
+        Raises StaleError unless `num_tokens` is what the committed blocks and `blocks` hold.
+        """
+        handoff = self.find(handoff_id, epoch)
+        handoff.expect(HandoffState.CLAIMED)
+        num_full = num_tokens // self.block_size
+        num_rest = self._blocks_for(num_tokens) - num_full
+        if (num_full, num_rest) != (handoff.num_committed, len(blocks)):
+            raise StaleError(
+                f"{num_tokens} tokens are {num_full} committed blocks and {num_rest} more, not "
+                f"{handoff.num_committed} and {len(blocks)}"
+            )
+        handoff.hand_back(self.pool, member_id, num_tokens=num_tokens, blocks=blocks)
+        return handoff
 
     def suspend(self, handoff_id: str, epoch: int, member_id: str, num_tokens: int) -> Handoff:
         """Decode was preempted: drop the blocks, wait at the head of the line for room to go on.
@@ -270,31 +348,41 @@ class Ledger:
 
     # ---- endings ------------------------------------------------------------------------------
 
-    def abort(self, handoff_id: str, *, is_fenced: bool) -> Handoff | None:
+    def abort(self, handoff_id: str, *, is_fenced: bool, is_kept: bool = False) -> Handoff | None:
         """End a handoff wherever it stands. Returns it, or None if it was ended before.
 
         If a writer may be at work the handoff is ABORTING until that writer says `quit` or is dead,
         and its granted blocks are quarantined. What it only reads is given back as soon as nothing
         that it makes of it counts: when the gateway takes no more of its tokens (`is_fenced`).
+        `is_kept`: until then it is HELD, also when nobody writes any more.
         """
         handoff = self.handoffs.get(handoff_id)
         if handoff is None:
             return None
-        was_over = handoff.state is HandoffState.ABORTING
+        was_over = handoff.state in OVER
+        handoff.is_kept = is_kept and (handoff.is_kept or not was_over)
         if handoff.state in (HandoffState.FILLING, HandoffState.CLAIMED):
             if handoff.state is HandoffState.FILLING:
                 self.pool.quarantine(handoff.blocks[handoff.num_committed :])
             handoff.state = HandoffState.ABORTING
-        elif not was_over:
-            self._close(handoff)
-            return handoff
-        if is_fenced:
+        if is_fenced and handoff.state is HandoffState.ABORTING:
             self._fence(handoff)
+        elif handoff.state is not HandoffState.ABORTING:
+            self._end(handoff)
         return None if was_over else handoff
 
     def _fence(self, handoff: Handoff) -> None:
         handoff.is_fenced = True
         handoff.unpin(self.pool)
+
+    def _end(self, handoff: Handoff) -> None:
+        """Nobody writes for this handoff any more: hold what its gateway may go on from."""
+        if not handoff.is_kept or not handoff.blocks or handoff.is_fenced:
+            self._close(handoff)
+            return
+        self._leave_line(handoff)
+        self.num_reserved -= handoff.num_reserved
+        handoff.hold(self.pool)
 
     def quit(self, handoff_id: str, member_id: str) -> None:
         """The writer of an aborted handoff writes no more."""
@@ -302,7 +390,7 @@ class Ledger:
         if handoff is None or handoff.state is not HandoffState.ABORTING:
             return
         if handoff.writer == member_id:
-            self._close(handoff)
+            self._end(handoff)
 
     @property
     def is_written(self) -> bool:
@@ -331,7 +419,7 @@ class Ledger:
         quarantine. Returns the blocks of its own that are free by it."""
         for handoff in list(self.handoffs.values()):
             if handoff.state is HandoffState.ABORTING and handoff.writer == member_id:
-                self._close(handoff)
+                self._end(handoff)
             elif handoff.state is HandoffState.ABORTING and handoff.gateway_id == member_id:
                 self._fence(handoff)
         written = self.pool.written_by(member_id)
@@ -341,11 +429,14 @@ class Ledger:
     # ---- within -------------------------------------------------------------------------------
 
     def _close(self, handoff: Handoff) -> None:
+        self._leave_line(handoff)
+        self._drop_blocks(handoff)
+        del self.handoffs[handoff.handoff_id]
+
+    def _leave_line(self, handoff: Handoff) -> None:
         was_preparing = self._preparing.pop(handoff.handoff_id, None) is not None
         if handoff.state is HandoffState.WAITING and not was_preparing:
             self._waiting.remove(handoff)
-        self._drop_blocks(handoff)
-        del self.handoffs[handoff.handoff_id]
 
     def _drop_blocks(self, handoff: Handoff) -> None:
         self.num_reserved -= handoff.num_reserved

@@ -34,7 +34,8 @@ class Members:
         self._liveness.heard(member.member_id, now)
 
     def heard(self, member_id: str, load: Load, ready: bool, now: float) -> bool:
-        """A heartbeat. True if the member has become ready by it."""
+        """A heartbeat. True if gateways must know at once: the member has become ready by it, or
+        takes no more work."""
         member = self._members[member_id]
         self._liveness.heard(member_id, now)
         if load != member.load:
@@ -42,7 +43,7 @@ class Members:
         is_new = ready and member_id not in self._ready
         if is_new:
             self._ready.add(member_id)
-        return is_new
+        return is_new or load.is_draining != member.load.is_draining
 
     def remove(self, member_id: str) -> Member | None:
         """The member has left or is lost. None if it was removed before."""

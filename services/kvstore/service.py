@@ -9,7 +9,8 @@ The life of a handoff here:
 4. Decode releases: what is committed stays as cache until the room is needed.
 An abort, from any side and at any step, is told to all who are involved; who may be writing
 confirms with `quit` when it surely is not. A member that is lost loses its handoffs, and its blocks
-come back when its process is known to have ended.
+come back when its process is known to have ended. A store that was killed is followed by one that
+finds its blocks (memory.py).
 
 This file is the shell: sockets, membership, time. Handoffs are broker.py, rows are ledger.py.
 """
@@ -17,11 +18,10 @@ This file is the shell: sockets, membership, time. Handoffs are broker.py, rows 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import structlog
 
-from common.kv.arena import ARENA_PREFIX
+from common.kv.arena import ArenaError
 from common.kv.layout import KvLayout
 from common.messages import (
     AskAudit,
@@ -39,6 +39,7 @@ from common.messages import (
     decoder,
 )
 from common.messages import Members as MembersMessage
+from common.messages.rights import RIGHTS
 from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
@@ -48,7 +49,9 @@ from services.kvstore.broker import Broker
 from services.kvstore.config import StoreConfig
 from services.kvstore.data import DataServer
 from services.kvstore.disk.secret import load_or_make_secret
+from services.kvstore.journal import Worker, model_digest
 from services.kvstore.members import Members
+from services.kvstore.memory import StoreMemory
 from services.kvstore.serving import Serving, disk_folder
 from services.kvstore.writers import Writers, is_same_process
 
@@ -68,7 +71,7 @@ class KvStore:
         self._tasks = Tasks(self._fail)
         self._instance_id = seams.rng.new_id()
         self._cache_secret = bytes.fromhex(seams.rng.new_id())
-        self._arena_path = str(Path(config.arena_dir) / f"{ARENA_PREFIX}{self._instance_id}")
+        self._memory = StoreMemory(config, seams, self._instance_id)
         self._members = Members(config.lost_after_s)
         self._writers = Writers(seams.processes, seams.host_id)
         self._admin = Admin(
@@ -87,11 +90,11 @@ class KvStore:
     # ---- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Reserve the arena and bind. Raises ArenaError or TransportError."""
-        disk, config = self._seams.disk, self.config
-        for path in disk.sweep_arenas(config.arena_dir):
-            log.info("stale_arena_removed", path=path)
-        self._arena = disk.create_arena(self._arena_path, config.kv_bytes)
+        """Have an arena and bind. Raises ArenaError or TransportError."""
+        config = self.config
+        self._memory.open()
+        if self._memory.left_secret is not None:
+            self._cache_secret = self._memory.left_secret
         if config.disk_dir:
             self._cache_secret = await load_or_make_secret(
                 self._seams.files, disk_folder(config), lambda: self._cache_secret
@@ -102,13 +105,14 @@ class KvStore:
             self._seams.transport,
             config.bind,
             decoder(ToStore),
+            rights=RIGHTS["kvstore"],
             accept=self._accept,
             handle=lambda peer, message, _bulk: self._handle(peer, message),
             gone=self._peer_gone,
         )
         self._tasks.spawn(self._tick(), "tick")
         self._tasks.spawn(self._expire(), "expire")
-        log.info("store_ready", endpoint=self._server.endpoint, arena=self._arena_path)
+        log.info("store_ready", endpoint=self._server.endpoint, arena=self._memory.path)
 
     @property
     def endpoint(self) -> str:
@@ -136,7 +140,7 @@ class KvStore:
         for server in (self._server, self._data):
             if server is not None:
                 server.close()
-        self._seams.disk.remove_arena(self._arena_path)
+        self._memory.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
@@ -154,16 +158,19 @@ class KvStore:
         known_peer = self._peers.get(member.member_id)
         if known_peer not in (None, peer):
             raise ProtocolError("another connection already speaks for this member")
+        if self._writers.get_lost(member.member_id) is not None:
+            # Each welcome is followed by another id: as this one it was never told of any block.
+            self._check_same_process(member.member_id, member)
+            self._lose(member.member_id, "it says hello again", stopped=True)
+        if self._writers.may_write(member) and self.serving is not None:
+            self.serving.add_worker(Worker(member, self._writers.started_at(member)))
         former = self._server.peers.get(peer)
         if former is not None and former.member_id != member.member_id:
             self._lose(former.member_id, "it said hello again", stopped=False)
         self._members.join(member, self._seams.clock.now())
         self._admin.joined(member)
         self._peers[member.member_id] = peer
-        member_id = member.member_id
-        self._writers.watch(
-            member, lambda: self._lose(member_id, "its process ended", stopped=True)
-        )
+        self._watch(member)
         log.info("member_joined", name=member.name, role=member.role, member=member.member_id)
         if member.role == "gateway":
             self._shown = None
@@ -172,7 +179,7 @@ class KvStore:
         return Welcome(
             instance_id=self._instance_id,
             heartbeat_s=self.config.heartbeat_s,
-            arena_path=self._arena_path,
+            arena_path=self._memory.path,
             data_endpoint=self._data.endpoint,
             cache_secret=secret,
             host_id=self._seams.host_id,
@@ -207,20 +214,46 @@ class KvStore:
         if self.serving is not None:
             self.serving.end()
         assert self._data is not None
+        num_blocks = self.config.kv_bytes // layout.block_bytes
+        model = model_digest(layout, worker.fingerprint)
+        try:
+            journal, left = self._memory.serve(model, num_blocks, self._cache_secret)
+        except ArenaError as error:
+            self._fail(error)
+            raise UnavailableError("the KV store has no arena", retry_after_s=1) from error
         self.serving = Serving(
             worker,
             config=self.config,
             seams=self._seams,
             tasks=self._tasks,
-            arena=self._arena,
+            arena=self._memory.arena,
             members=self._members,
             writers=self._writers,
             send=self._send,
             is_damaged=self._data.is_damaged,
+            journal=journal,
+            left=left,
         )
-        self._data.serve(self.serving.ledger, self._arena, layout.block_bytes)
+        self._data.serve(self.serving.ledger, self._memory.arena, layout.block_bytes)
         log.info("model_set", model=worker.model, num_blocks=self.serving.num_blocks)
+        for former in left.workers if left is not None else []:
+            self._await(former)
         return self.serving
+
+    def _await(self, former: Worker) -> None:
+        """A worker of the dead store may still be at work in the arena."""
+        member = former.member
+        self._admin.joined(member)
+        self._writers.lost(member)
+        self._watch(member)
+        if self._writers.has_ended(member, former.started_at):
+            self._lose(member.member_id, "its process ended", stopped=True)
+
+    def _watch(self, member: Member) -> None:
+        member_id = member.member_id
+        self._writers.watch(
+            member, lambda: self._lose(member_id, "its process ended", stopped=True)
+        )
 
     def _lose(self, member_id: str, reason: str, *, stopped: bool) -> None:
         """A member is lost, or has stopped: then nothing of it needs quarantine any more."""
@@ -238,7 +271,7 @@ class KvStore:
         if stopped:
             self._writers.stopped(member_id)
             if serving is not None:
-                serving.broker.member_stopped(member_id)
+                serving.stopped(member_id)
         if serving is not None:
             serving.broker.admit()
         self._show_members()
@@ -280,24 +313,31 @@ class KvStore:
 
     def counters(self) -> dict[str, float]:
         """For /metrics of the gateways."""
+        assert self._server is not None
         assert self._data is not None
         return {
             **(self.serving.counters() if self.serving else {}),
             "blocks_corrupt_total": self.num_corrupt,
             "bytes_in_total": self._data.num_bytes_in,
             "bytes_out_total": self._data.num_bytes_out,
+            "messages_refused_total": self._server.refusals.num + self._data.num_refused,
         }
 
     # ---- messages -------------------------------------------------------------------------------
 
     def _stopped(self, sender: Member, former_id: str) -> None:
         """A process tells that what it was before writes no more. Others cannot say it for it."""
-        former = self._members.get(former_id) or self._writers.get_lost(former_id)
-        if former is None:
-            return
-        if former_id == sender.member_id or not is_same_process(former, sender):
+        if former_id == sender.member_id:
             raise ProtocolError("stopped can be said of one's own former incarnations only")
-        self._lose(former_id, "it stopped", stopped=True)
+        if self._check_same_process(former_id, sender):
+            self._lose(former_id, "it stopped", stopped=True)
+
+    def _check_same_process(self, former_id: str, sender: Member) -> bool:
+        """Whether there was such a member. Raises ProtocolError if it was another process."""
+        former = self._members.get(former_id) or self._writers.get_lost(former_id)
+        if former is not None and not is_same_process(former, sender):
+            raise ProtocolError("stopped can be said of one's own former incarnations only")
+        return former is not None
 
     def _send(self, member_id: str, message: Message) -> None:
         peer = self._peers.get(member_id)

@@ -15,8 +15,11 @@ from services.kvstore.blocks import BlockPool
 from services.kvstore.broker import Broker
 from services.kvstore.config import StoreConfig
 from services.kvstore.disk.tier import DiskTier
+from services.kvstore.formers import Formers
 from services.kvstore.handoff import Handoff
 from services.kvstore.history import History
+from services.kvstore.journal import Worker
+from services.kvstore.journal_file import Journal, Left
 from services.kvstore.ledger import Ledger
 from services.kvstore.members import Members
 from services.kvstore.tiering import Tiering
@@ -50,15 +53,19 @@ class Serving:
         writers: Writers,
         send: Callable[[str, Message], None],
         is_damaged: Callable[[int, bytes], bool],
+        journal: Journal | None,
+        left: Left | None,
     ) -> None:
+        """`left`: what a dead store left of this model in the arena."""
         assert worker.layout is not None
         self.layout = worker.layout
         self.fingerprint = worker.fingerprint
         self.num_blocks = config.kv_bytes // self.layout.block_bytes
         self._members = members
         self._writers = writers
+        self._journal = journal
         self.ledger = Ledger(
-            BlockPool(self.num_blocks),
+            BlockPool(self.num_blocks, journal=journal),
             self.layout.block_size,
             seams.rng.new_id,
             growth_blocks=max(1, self.num_blocks // _GROWTH_SHARE),
@@ -73,6 +80,11 @@ class Serving:
             forget_stored=self._forget_stored,
             history=History(seams.clock.now),
         )
+        self._formers: Formers | None = None
+        if left is not None:
+            worker_ids = [former.member.member_id for former in left.workers]
+            ledger = self.ledger
+            self._formers = Formers(ledger.pool, ledger.staging, left.recovered, worker_ids)
         self.tiering: Tiering | None = None
         if config.disk_dir:
             self.tiering = self._use_disk(config, seams, tasks, arena, is_damaged)
@@ -135,6 +147,20 @@ class Serving:
         self.broker.lose(member.member_id, f"{member.name} is lost: {reason}")
         self.broker.lose_writer(member.member_id)
         return self.ledger.waits_for(member.member_id)
+
+    def add_worker(self, worker: Worker) -> None:
+        """A member that maps the arena, before it is told where it is. Raises KvbatonError to
+        refuse it."""
+        if self._journal is not None:
+            self._journal.add_worker(worker)
+
+    def stopped(self, member_id: str) -> None:
+        """A member is dead, or says that it writes and listens no more."""
+        if self._formers is not None:
+            self._formers.stopped(member_id)
+        self.broker.member_stopped(member_id)
+        if self._journal is not None:
+            self._journal.forget_worker(member_id)
 
     def counters(self) -> dict[str, float]:
         """What the gateways show at /metrics."""

@@ -1,6 +1,7 @@
 """The blocks that the disk has in hand: those it is writing, and those it is loading into. Pure.
 
-They have an owner like all others, so that the ledger's counts close while a disk is slow.
+Also those that workers of a dead store may be reading. They all have an owner like others, so that
+the ledger's counts close while a disk is slow.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ class Staging:
         self.window = min(max(_LEAST_WINDOW, pool.num_blocks // _WINDOW_SHARE), _MOST_WINDOW)
         self.writing: dict[int, None] = {}  # pinned
         self.held: list[int] = []  # pinned, for a prompt the rest of which is being loaded
+        self.former: list[int] = []  # pinned, the last used first: the store restarted (formers.py)
         self._pool = pool
         self._num_loading = 0
 
     @property
     def pinned(self) -> list[int]:
-        """The blocks that the disk counts as a reader of, once for each reason."""
-        return [*self.writing, *self.held]
+        """The blocks that nobody's handoff is the reader of, once for each reason."""
+        return [*self.writing, *self.held, *self.former]
 
     @property
     def is_busy(self) -> bool:
-        """Whether the disk is reading or writing memory."""
-        return bool(self.writing or self._num_loading)
+        """Whether the disk, or a worker of the store before, is reading or writing memory."""
+        return bool(self.writing or self._num_loading or self.former)
 
     @property
     def is_due(self) -> bool:
@@ -72,6 +74,11 @@ class Staging:
         """The prompt has them, or does without."""
         held, self.held = self.held, []
         self._pool.unpin(held)
+
+    def let_former_go(self) -> None:
+        """Nobody reads for a former store any more."""
+        former, self.former = self.former, []
+        self._pool.unpin(former)
 
     def take_free(self, count: int) -> list[int]:
         """Blocks to load into; the caller has checked that there is room."""

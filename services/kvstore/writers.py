@@ -36,6 +36,16 @@ class Writers:
         if member.host_id == self._host_id and member.member_id not in self._unwatch:
             self._unwatch[member.member_id] = self._processes.on_exit(member.pid, ended)
 
+    def started_at(self, member: Member) -> int:
+        """When the member's process began, as far as it can be seen from here; else 0."""
+        is_here = member.host_id == self._host_id
+        return self._processes.started_at(member.pid) if is_here else 0
+
+    def has_ended(self, member: Member, started_at: int) -> bool:
+        """Whether its number is another process's by now; ask once it is watched."""
+        now = self.started_at(member)
+        return now > 0 < started_at and now != started_at
+
     def lost(self, member: Member) -> None:
         """The member is gone and may still write: it can yet say that it has stopped."""
         self._lost[member.member_id] = member

@@ -36,10 +36,17 @@ class PrefillRole:
             num_running=len(self._sequences),
             num_tokens_queued=sum(seq.num_uncomputed for seq in self._sequences.values()),
             tokens_per_s=self._runtime.tokens_per_s,
+            is_draining=self._runtime.is_draining,
         )
 
     def sequences(self) -> list[Sequence]:
         return list(self._sequences.values())
+
+    def hand_on(self) -> None:
+        """Give up the prompts that have not begun; the others are finished here."""
+        for sequence in self.sequences():
+            if not sequence.num_uses and sequence.num_computed == sequence.num_found:
+                self._runtime.endings.drop(sequence, "unavailable", "the worker is shutting down")
 
     def stop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
 from kvbaton import Client
+from scripts.cluster.keys import make_keys
 from tests.ports import free_port, free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +30,17 @@ _STOP_S = 5.0
 class Cluster:
     """Services of one cluster. Settings are given to every service that knows them.
 
-    Leaving the context stops all with SIGTERM, and fails if one had crashed, does not stop in time
-    or leaves an arena behind.
+    They use keys, which clients find by KVBATON_KEYS while the context lasts; with `secure` False
+    they use none. Leaving the context stops all with SIGTERM, and fails if one had crashed, does
+    not stop in time or leaves an arena behind.
     """
 
-    def __init__(self, folder: Path, num_stores: int = 1) -> None:
+    def __init__(self, folder: Path, num_stores: int = 1, *, secure: bool = True) -> None:
         self.folder = folder
+        self.keys = folder / "keys" if secure else None
+        if self.keys is not None:
+            make_keys(self.keys)
+        self._environ = patch.dict(os.environ, {"KVBATON_KEYS": str(self.keys or "")})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.http_port, self.client_port, *store_ports = free_ports(2 + 2 * num_stores)
         self.stores = ",".join(f"tcp://127.0.0.1:{port}" for port in store_ports[::2])
@@ -45,14 +52,15 @@ class Cluster:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.http_port}"
 
-    def client(self) -> Client:
+    def client(self, **options: Any) -> Client:
         """A msgpack client of the gateway."""
-        return Client(f"tcp://127.0.0.1:{self.client_port}")
+        return Client(f"tcp://127.0.0.1:{self.client_port}", keys=self.keys or "", **options)
 
     def start(self, role: str, number: int = 1, **settings: Any) -> None:
         """Start one service. Settings are flags, with underscores for dashes."""
         name = f"{role}.{number}"
         flags: dict[str, Any] = {"name": name}
+        flags |= {"keys": self.keys} if self.keys else {"insecure": True}
         if role == "kvstore":
             control, data = self._store_ports[number - 1]
             flags["bind"] = f"tcp://127.0.0.1:{control}"
@@ -113,6 +121,7 @@ class Cluster:
         assert not dead, f"{dead} ended by themselves\n{self.logs()}"
 
     def __enter__(self) -> Cluster:
+        self._environ.start()
         return self
 
     def __exit__(
@@ -121,6 +130,7 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._environ.stop()
         ended = {name: process.poll() for name, process in self.processes.items()}
         for process in self.processes.values():
             process.terminate()

@@ -56,7 +56,7 @@ def test_a_model_that_cannot_be_served_ends_the_worker_with_its_reason(
         weights.unlink()
     else:
         os.truncate(weights, 3_000_000)
-    command = [sys.executable, "-m", "services.decode", "--model", str(tmp_path)]
+    command = [sys.executable, "-m", "services.decode", "--insecure", "--model", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == os.EX_CONFIG
     assert str(tmp_path) in ended.stderr

@@ -99,7 +99,7 @@ def test_without_a_decode_worker_requests_are_refused_at_once(tmp_path: Path) ->
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert "no decode worker" in answer.json()["error"]["message"]
-        with cluster.client() as client, pytest.raises(UnavailableError):
+        with cluster.client(resume_s=0) as client, pytest.raises(UnavailableError):
             list(client.generate("x"))
         # A worker started by hand joins the running cluster.
         cluster.start("decode", 2, **MOCK)

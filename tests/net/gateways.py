@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from common.net.access import Keys
 from common.net.zmq_transport import ZmqTransport
 from common.service import Tasks, live_seams
 from kvbaton.codec import encode
@@ -49,12 +50,14 @@ async def running_face(
     instance_id: str = "instance-1",
     clock: FakeClock | None = None,
     admin_key: str = "",
+    keys: Keys | None = None,
     stores: Sequence[Store] = (),
+    slow_reader_s: float = 30.0,
 ) -> AsyncIterator[ClientFace]:
     """A msgpack face; a task of it that fails, fails the test."""
     failures: list[BaseException] = []
     tasks = Tasks(failures.append)
-    seams = replace(live_seams(), clock=clock or FakeClock(), rng=FakeRng())
+    seams = replace(live_seams(ZmqTransport(keys)), clock=clock or FakeClock(), rng=FakeRng())
     try:
         face = ClientFace(
             seams,
@@ -64,6 +67,7 @@ async def running_face(
             Admin(admin_key, stores, seams.clock),
             tasks=tasks,
             instance_id=instance_id,
+            slow_reader_s=slow_reader_s,
         )
         try:
             yield face
@@ -85,7 +89,7 @@ class ScriptedGateway:
         self.endpoint = self._socket.endpoint
         self.peer = b""
 
-    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+    def _on_frames(self, peer: bytes, frames: list[memoryview], _user: str) -> None:
         self._received.put_nowait((peer, self._decoder.decode(frames[0])))
 
     async def receive(self) -> ClientMessage:

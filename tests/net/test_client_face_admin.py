@@ -201,7 +201,7 @@ async def test_a_question_can_be_cancelled_and_needs_a_hello() -> None:
 
 
 async def command(key_file: Path, endpoint: str, *arguments: str) -> int:
-    flags = ["--gateway", endpoint, "--admin-key-file", str(key_file)]
+    flags = ["--gateway", endpoint, "--admin-key-file", str(key_file), "--keys", ""]
     return await asyncio.to_thread(main, [*arguments, *flags])
 
 

@@ -72,7 +72,7 @@ async def test_messages_go_through_the_chat_template() -> None:
         await client.hello()
         client.send(Generate(id=1, messages=[ChatMessage(role="user", content="hello")]))
         await client.answers()
-    expected = demo_model().chat([{"role": "user", "content": "hello"}])
+    expected = await demo_model().chat([{"role": "user", "content": "hello"}])
     assert backend.requests[0].prompt == expected
 
 

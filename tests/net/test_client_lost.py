@@ -1,4 +1,4 @@
-"""AsyncClient against gateways that restart, fall silent or misbehave."""
+"""AsyncClient against a gateway that restarts, falls silent or misbehaves: see also test_resume."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tests.unit.gateway_fakes import FakeBackend, events
 QUICK_S = 0.02
 
 
-async def test_a_restarted_gateway_fails_what_is_in_flight_and_serves_what_comes_next() -> None:
+async def test_without_time_to_resume_a_lost_gateway_fails_what_is_in_flight() -> None:
     backend = FakeBackend(lambda _: events([5]))
     silent = FakeBackend()
     async with running_face(silent, instance_id="instance-1") as face:
         endpoint = face.endpoint
-        client = AsyncClient(endpoint, ping_interval_s=QUICK_S)
+        client = AsyncClient(endpoint, resume_s=0)
         assert (await client.connect()).instance_id == "instance-1"
         stream = client.generate("x")
         await silent.submitted()
         face._socket.close()  # as a crash: without a word
-    async with running_face(backend, endpoint=endpoint, instance_id="instance-2"):
-        with pytest.raises(ConnectionLostError):
+        with pytest.raises(ConnectionLostError, match=r"the connection to tcp:.* ended"):
             await anext(stream)
-        assert len([token async for token in client.generate("x")]) == 1
+    async with running_face(backend, endpoint=endpoint, instance_id="instance-2"):
         assert (await client.connect()).instance_id == "instance-2"
+        assert len([token async for token in client.generate("x")]) == 1
         await client.close()
 
 
@@ -53,20 +53,28 @@ async def test_a_request_that_meets_a_restarted_gateway_is_served_by_it() -> Non
         await client.close()
 
 
-async def test_a_silent_gateway_is_given_up_and_tried_again_for_the_next_request() -> None:
+async def test_a_silent_gateway_is_given_up_and_greeted_by_another_connection() -> None:
     async with scripted_gateway() as gateway:
         client = AsyncClient(gateway.endpoint, ping_interval_s=QUICK_S)
         stream = client.generate("x")
         await gateway.welcome()
         first_peer = gateway.peer
-        with pytest.raises(ConnectionLostError, match="no sign of life from the gateway at tcp:"):
-            await anext(stream)
-        stream = client.generate("y")
         while not isinstance(await gateway.receive(), Hello) or gateway.peer == first_peer:
             pass
         gateway.send(Welcome(protocol_version=1, instance_id="instance-1", model="demo"))
-        gateway.send(Tokens(id=2, tokens=[Token(index=0, token_id=5)]))
+        assert isinstance(await gateway.receive(), Generate)
+        gateway.send(Tokens(id=1, tokens=[Token(index=0, token_id=5)]))
         assert (await anext(stream)).token_id == 5
+        await client.close()
+
+
+async def test_without_time_to_resume_a_silent_gateway_fails_what_is_in_flight() -> None:
+    async with scripted_gateway() as gateway:
+        client = AsyncClient(gateway.endpoint, ping_interval_s=QUICK_S, resume_s=0)
+        stream = client.generate("x")
+        await gateway.welcome()
+        with pytest.raises(ConnectionLostError, match="no sign of life from the gateway at tcp:"):
+            await anext(stream)
         await client.close()
 
 

@@ -102,7 +102,7 @@ async def test_a_whole_chat() -> None:
     message = answer.choices[0].message
     assert (message.role, message.content) == ("assistant", TEXT)
     assert answer.choices[0].finish_reason == "stop"
-    assert backend.requests[0].prompt == demo_model().chat(MESSAGES)
+    assert backend.requests[0].prompt == await demo_model().chat(MESSAGES)
     assert backend.requests[0].sampling.max_tokens is None
 
 

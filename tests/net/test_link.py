@@ -24,6 +24,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
+from common.messages.rights import RIGHTS
 from common.net.link import Link
 from common.net.server import Server
 from common.net.zmq_transport import ZmqTransport
@@ -45,6 +46,7 @@ class Store:
             self.transport,
             endpoint,
             decoder(ToStore),
+            rights=RIGHTS["kvstore"],
             accept=self._accept,
             handle=self._handle,
             gone=lambda peer, _member: self.gone.append(peer),

@@ -160,7 +160,7 @@ class Ends:
         dealer = transport.dealer(endpoint or self.net.endpoint, on_dealer)
         self._dealers[name] = transport, dealer
 
-    def _on_router(self, peer: bytes, frames: list[memoryview]) -> None:
+    def _on_router(self, peer: bytes, frames: list[memoryview], _user: str) -> None:
         name, *message = [bytes(frame) for frame in frames]
         self.peers[name.decode()] = peer
         if message and message[0] == FENCE:
@@ -276,7 +276,7 @@ def test_whatever_is_sent_comes_alike(operations: list[tuple[str, str, Any]]) ->
                 results += [ends.send(name, each) for each in messages if kind != "fence"]
                 if kind == "fence":
                     await ends.fence(name)
-        for name in here:
+        for name in (*here, "witness"):  # who left last is read, if not before, with who is here
             await ends.fence(name)
         return results, ends.up, ends.down
 
@@ -407,7 +407,7 @@ def test_an_endpoint_is_bound_once_at_a_time() -> None:
     async def script(ends: Ends) -> bool:
         ends.bind()
         with closing(ends.net.transport()) as second, pytest.raises(TransportError, match="in use"):
-            second.router(ends.net.endpoint, lambda peer, frames: None)
+            second.router(ends.net.endpoint, lambda peer, frames, user: None)
         ends.unbind()
         ends.bind()
         ends.connect("a")

@@ -11,13 +11,14 @@ import pytest
 import uvloop
 import zmq
 
-from common.net.transport import TransportError
+from common.net.transport import RouterHandler, TransportError
 from common.net.zmq_transport import ZmqDealer, ZmqRouter, ZmqTransport
-from kvbaton.sockets import READ_BATCH
+from kvbaton.sockets import MAX_FRAME_BYTES, READ_BATCH, EventSocket
 from tests.ports import free_port
 
 FREE_PORT = "tcp://127.0.0.1:*"
 PATIENCE_S = 10.0
+_LIMITS = (zmq.SNDHWM, zmq.RCVHWM, zmq.MAXMSGSIZE, zmq.HANDSHAKE_IVL)
 
 
 class Inbox:
@@ -26,7 +27,8 @@ class Inbox:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[tuple[bytes, list[bytes]]] = asyncio.Queue()
 
-    def on_router(self, peer: bytes, frames: list[memoryview]) -> None:
+    def on_router(self, peer: bytes, frames: list[memoryview], user: str = "") -> None:
+        assert user == "", "nobody has a key here"
         self._queue.put_nowait((peer, [bytes(frame) for frame in frames]))
 
     def on_dealer(self, frames: list[memoryview]) -> None:
@@ -47,9 +49,7 @@ class Ends:
         self._transport = ZmqTransport()
         self._sockets: list[ZmqRouter | ZmqDealer] = []
 
-    def router(
-        self, handler: Callable[[bytes, list[memoryview]], None], endpoint: str = FREE_PORT
-    ) -> ZmqRouter:
+    def router(self, handler: RouterHandler, endpoint: str = FREE_PORT) -> ZmqRouter:
         router = self._transport.router(endpoint, handler)
         self._sockets.append(router)
         return router
@@ -194,7 +194,7 @@ async def test_a_handler_that_fails_does_not_make_the_socket_deaf(ends: Ends) ->
     failures: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
 
-    def handler(peer: bytes, frames: list[memoryview]) -> None:
+    def handler(peer: bytes, frames: list[memoryview], _user: str) -> None:
         if bytes(frames[0]) == b"bad":
             raise ValueError("bad")
         inbox.on_router(peer, frames)
@@ -209,7 +209,7 @@ async def test_a_handler_that_fails_does_not_make_the_socket_deaf(ends: Ends) ->
 async def test_a_socket_may_be_closed_by_its_own_handler(ends: Ends) -> None:
     closed = asyncio.Event()
 
-    def handler(_peer: bytes, _frames: list[memoryview]) -> None:
+    def handler(_peer: bytes, _frames: list[memoryview], _user: str) -> None:
         router.close()
         closed.set()
 
@@ -254,7 +254,7 @@ def test_an_answer_that_comes_while_sending_is_read_at_once(run: Callable[[Any],
         with closing(Ends()) as ends:
             done = asyncio.Event()
 
-            def on_request(peer: bytes, frames: list[memoryview]) -> None:
+            def on_request(peer: bytes, frames: list[memoryview], _user: str) -> None:
                 router.send(peer, frames)
 
             def on_answer(frames: list[memoryview]) -> None:
@@ -270,6 +270,40 @@ def test_an_answer_that_comes_while_sending_is_read_at_once(run: Callable[[Any],
             await asyncio.wait_for(done.wait(), PATIENCE_S)
 
     run(main())
+
+
+async def test_every_socket_has_limits(monkeypatch: pytest.MonkeyPatch, ends: Ends) -> None:
+    made: list[EventSocket] = []
+    usual = EventSocket.start
+
+    def start(socket: EventSocket) -> None:
+        made.append(socket)
+        usual(socket)
+
+    monkeypatch.setattr(EventSocket, "start", start)
+    router = ends.router(Inbox().on_router)
+    ends.dealer(router.endpoint, Inbox().on_dealer)
+    small = closing(ZmqTransport())
+    with small as transport, closing(transport.router(FREE_PORT, Inbox().on_router, 1000)):
+        limits = [
+            [int(str(socket.raw.getsockopt(option))) for option in _LIMITS] for socket in made
+        ]
+    usual_limits = [10_000, 10_000, MAX_FRAME_BYTES, 10_000]
+    assert limits == [usual_limits, usual_limits, [10_000, 10_000, 1000, 10_000]]
+
+
+async def test_who_sends_a_frame_that_is_too_long_is_hung_up_on(ends: Ends) -> None:
+    inbox, lost = Inbox(), asyncio.Event()
+    transport = ZmqTransport()
+    with closing(transport), closing(transport.router(FREE_PORT, inbox.on_router, 1000)) as router:
+        dealer = transport.dealer(router.endpoint, Inbox().on_dealer, lost.set)
+        with closing(dealer):
+            dealer.send([bytes(1000)])
+            assert await inbox.frames() == [bytes(1000)]
+            dealer.send([bytes(1001)])
+            await asyncio.wait_for(lost.wait(), PATIENCE_S)
+            dealer.send([b"short"])
+            assert await inbox.frames() == [b"short"]
 
 
 async def test_a_dealer_is_told_when_the_other_end_has_gone(ends: Ends) -> None:

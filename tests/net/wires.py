@@ -20,6 +20,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
+from common.messages.rights import RIGHTS
 from common.net.link import Link
 from common.net.server import Server
 from common.net.transport import DealerHandler, Frames, RouterHandler
@@ -62,12 +63,18 @@ class Wires:
     def __init__(self) -> None:
         self._router, self._dealer = RouterEnd(), DealerEnd()
 
-    def router(self, _endpoint: str, handler: RouterHandler) -> RouterEnd:
+    def router(
+        self, _endpoint: str, handler: RouterHandler, _max_frame_bytes: int = 0
+    ) -> RouterEnd:
         self._to_router = handler
         return self._router
 
     def dealer(
-        self, _endpoint: str, handler: DealerHandler, _lost: Callable[[], None] | None = None
+        self,
+        _endpoint: str,
+        handler: DealerHandler,
+        _lost: Callable[[], None] | None = None,
+        _role: str = "",
     ) -> DealerEnd:
         self._to_dealer = handler
         return self._dealer
@@ -88,7 +95,7 @@ class Wires:
     def deliver(self, to_server: bool, index: int = 0) -> None:
         frames = self.end(to_server).under_way.pop(index)
         if to_server:
-            self._to_router(PEER, frames)
+            self._to_router(PEER, frames, "")
         else:
             self._to_dealer(frames)
 
@@ -117,6 +124,7 @@ class Pair:
             self.wires,
             "memory",
             decoder(ToStore),
+            rights=RIGHTS["kvstore"],
             accept=self._accept,
             handle=self._handle,
             gone=lambda _peer, member: self.gone.append(member.pid),

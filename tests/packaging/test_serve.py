@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -128,7 +129,8 @@ def test_serve_shows_a_sample_and_leaves_nothing(cluster: Cluster, start: Start)
         assert part in text
     assert json.loads(cluster.get("/v1/models"))["object"] == "list"
     assert b"kvbaton" in cluster.get("/metrics")
-    with Client(address(text, "msgpack")) as client:
+    (keys,) = re.findall(r'Client\("tcp://.*", keys="(.*)"\)', text)
+    with Client(address(text, "msgpack"), keys=keys) as client:
         assert len(list(client.generate("a prompt", max_tokens=5, ignore_eos=True))) == 5
     serve.send_signal(signal.SIGINT)
     rest, _ = serve.communicate()
@@ -139,9 +141,11 @@ def test_serve_shows_a_sample_and_leaves_nothing(cluster: Cluster, start: Start)
 
 
 def test_a_colocated_cluster_needs_no_prefill_workers(cluster: Cluster, start: Start) -> None:
-    serve = start("-m", "scripts.cluster.serve", "--mode", "colocated", "--decode", "1")
+    flags = ("--mode", "colocated", "--decode", "1", "--insecure")
+    serve = start("-m", "scripts.cluster.serve", *flags)
     text = read_until(out(serve), "Ctrl-C stops everything.")
     assert "placed on decode.1\n" in text
+    assert "keys=" not in text
     assert not any("services.prefill" in command for command in cluster.processes().values())
     serve.terminate()
     assert serve.wait() == 0

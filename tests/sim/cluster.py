@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from common.engine.mock import MockEngine
 from common.messages import Message
-from common.service import Seams, Tasks
+from common.service import DRAIN_TIMEOUT_S, Seams
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
 from common.worker.runtime import WorkerRuntime
-from kvbaton.errors import ConnectionLostError, KvbatonError
+from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
-from services.gateway.dispatcher import Dispatcher
 from services.gateway.stream import RequestStream
 from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
 from services.kvstore.service import KvStore
 from services.prefill.worker import PrefillRole
+from tests.sim.gateway import STORES, Shape, SimGateway
 from tests.sim.loop import VirtualLoop, virtual_loop
 from tests.sim.network import Pipe, SimNetwork, decoded, type_of
 from tests.sim.world import World
@@ -30,7 +30,6 @@ from tests.sim.world import World
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-STORES = ("sim://store-0", "sim://store-1")
 DATA = ("sim://data-0", "sim://data-1")
 HEARTBEAT_S = 1.0
 LIMIT_S = 1000.0  # of virtual time
@@ -69,50 +68,6 @@ def listen(network: SimNetwork, kind: type[M], callback: Callable[[Pipe, M], Non
     network.listeners.append(on_delivery)
 
 
-@dataclass
-class Shape:
-    """How many of each, and their settings."""
-
-    num_prefill: int = 1
-    num_decode: int = 1
-    num_stores: int = 1
-    num_gateways: int = 1
-    num_blocks: int = 512
-    mover: str = "auto"
-    movers: tuple[str, ...] = ()  # of the workers, in turn, where they differ
-    hosts: tuple[str, ...] = ("host",)  # where the workers are, in turn
-    lost_after_s: float = 8.0
-    disk_bytes: int = 0  # 0: no disk tier
-    mode: str = "disaggregated"
-    worker: dict[str, Any] = field(default_factory=dict)
-
-
-class SimGateway:
-    """A gateway without faces."""
-
-    def __init__(self, name: str, seams: Seams, shape: Shape) -> None:
-        self.name = name
-        self.seams = seams
-        self.failures: list[BaseException] = []
-        self.streams: list[RequestStream] = []
-        self._tasks = Tasks(self.failures.append)
-        self.dispatcher = Dispatcher(
-            seams,
-            self._tasks,
-            name=name,
-            stores=list(STORES[: shape.num_stores]),
-            mode=shape.mode,
-            max_requests=1000,
-        )
-
-    async def close(self) -> None:
-        """Whoever reads a stream sees its connection end."""
-        await self._tasks.close()
-        self.dispatcher.close()
-        for stream in self.streams:
-            stream.fail(ConnectionLostError("the gateway is gone"))
-
-
 Process = SimGateway | WorkerRuntime | KvStore
 
 
@@ -128,6 +83,8 @@ class SimCluster:
         self._pids: dict[Process, int] = {}
         self._num_started = 0
         self._num_requests = 0
+        self._drains: dict[int, asyncio.Task[None]] = {}  # by process number
+        self._failures: list[BaseException] = []  # of processes that are gone
         self.num_defects = 0
         world.network.listeners.append(self._look_for_defects)
 
@@ -154,9 +111,8 @@ class SimCluster:
 
     def failures(self) -> list[BaseException]:
         """Why processes could not go on."""
-        services: list[WorkerRuntime | KvStore] = [*self.workers, *self.stores]
-        failures = [failure for gateway in self.gateways for failure in gateway.failures]
-        return failures + [each.failed.result() for each in services if each.failed.done()]
+        processes: list[Process] = [*self.gateways, *self.workers, *self.stores]
+        return self._failures + [why for each in processes for why in _failures_of(each)]
 
     def _look_for_defects(self, _pipe: Pipe, frames: list[memoryview]) -> None:
         """A service that fails over a message says so to its sender and goes on."""
@@ -220,12 +176,16 @@ class SimCluster:
         store = self.stores[index]
         await store.close()
         self.world.end(self._pids.pop(store))
-        self.stores[index] = await self._start_store(index)
+        await self.start_store(index)
 
     async def crash_store(self, index: int, down_s: float) -> None:
         """As SIGKILL; after a while another takes its place."""
-        await self._end(self.stores[index])
+        await self.kill(self.stores[index])
         await asyncio.sleep(down_s)
+        await self.start_store(index)
+
+    async def start_store(self, index: int) -> None:
+        """A store takes the place of one that is gone."""
         self.stores[index] = await self._start_store(index)
 
     async def add_worker(self, role_name: str) -> WorkerRuntime:
@@ -268,22 +228,46 @@ class SimCluster:
         self.gateways.append(gateway)
         return gateway
 
-    async def kill(self, process: WorkerRuntime | SimGateway) -> None:
+    async def kill(self, process: Process) -> None:
         """As SIGKILL: no goodbye, its sockets close, and its host sees it end."""
-        if isinstance(process, SimGateway):
-            self.gateways.remove(process)
-        else:
-            self.workers.remove(process)
-        await self._end(process)
-
-    async def _end(self, process: Process) -> None:
-        pid = self._pids.pop(process)
+        pid = self._forget(process)
         self.world.network.kill(pid)
+        self.world.disk.end(pid)
         loop = virtual_loop()
         if loop.is_stopped(pid):
             loop.continue_process(pid)  # to be cancelled before it can do anything
+        if (drain := self._drains.get(pid)) is not None:
+            drain.cancel()
         await process.close()
         self.world.end(pid)
+
+    async def drain(self, process: Process) -> None:
+        """As SIGTERM; returns when it has ended, or was killed meanwhile."""
+        pid = self._pids[process]
+
+        async def leave() -> None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.drain(), DRAIN_TIMEOUT_S)
+
+        context = self.world.context(pid)
+        self._drains[pid] = asyncio.get_running_loop().create_task(leave(), context=context)
+        await asyncio.wait([self._drains[pid]])
+        if self._drains.pop(pid).cancelled() or not self.is_alive(process):
+            return
+        self._forget(process)
+        await asyncio.get_running_loop().create_task(process.close(), context=context)
+        self.world.network.kill(pid)
+        self.world.disk.end(pid)
+        self.world.end(pid)
+
+    def _forget(self, process: Process) -> int:
+        """It serves no more. Its stores stay where they are until others take their places."""
+        self._failures += _failures_of(process)
+        if isinstance(process, SimGateway):
+            self.gateways.remove(process)
+        elif isinstance(process, WorkerRuntime):
+            self.workers.remove(process)
+        return self._pids.pop(process)
 
     def of_role(self, role: type[PrefillRole | DecodeRole]) -> list[WorkerRuntime]:
         return [worker for worker in self.workers if isinstance(worker.role, role)]
@@ -304,14 +288,20 @@ class SimCluster:
         if gateway is None:
             gateway = self.gateways[self._num_requests % len(self.gateways)]
         self._num_requests += 1
-        request = GenerationRequest(
-            request_id=f"request-{self._num_requests}",
-            prompt=prompt,
-            sampling=SamplingParams(max_tokens=num_tokens, temperature=0),
-            deadline_s=deadline_s,
-            tenant=tenant,
-            cache_salt=cache_salt,
+        return self.give(
+            gateway,
+            GenerationRequest(
+                request_id=f"request-{self._num_requests}",
+                prompt=prompt,
+                sampling=SamplingParams(max_tokens=num_tokens, temperature=0),
+                deadline_s=deadline_s,
+                tenant=tenant,
+                cache_salt=cache_salt,
+            ),
         )
+
+    def give(self, gateway: SimGateway, request: GenerationRequest) -> RequestStream:
+        """Send a request to a gateway. Raises KvbatonError if it is refused."""
         context = self.world.context(gateway.seams.pid)
         stream = context.run(gateway.dispatcher.submit, request)
         gateway.streams.append(stream)
@@ -330,6 +320,12 @@ class SimCluster:
             counts = ledger.pool.counts()
             assert counts["free"] + counts["cached"] == ledger.pool.num_blocks, counts
         assert all(worker.role.sequences() == [] for worker in self.workers)
+
+
+def _failures_of(process: Process) -> list[BaseException]:
+    if isinstance(process, SimGateway):
+        return process.failures
+    return [process.failed.result()] if process.failed.done() else []
 
 
 async def until(condition: Callable[[], bool]) -> None:

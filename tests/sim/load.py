@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,34 +20,64 @@ from kvbaton.errors import (
     OverloadedError,
     UnavailableError,
 )
-from services.gateway.stream import RequestStream
-from tests.sim.cluster import SimCluster, SimGateway
+from kvbaton.protocol import Generate
+from kvbaton.sampling import SamplingParams
+from tests.sim.client import PING_S, Call
+from tests.sim.cluster import SimCluster
 from tests.sim.trace import Trace
 
 MOST_TOKENS = 180  # of a conversation, so that each fits the smallest pool
 REFUSALS = (UnavailableError, OverloadedError, ConnectionLostError, DeadlineError)
+_HTTP_SHARE = 0.4  # of the requests, whose client does not go on at another gateway
 _PAUSE_S = 0.25  # after a refusal
 
 
 class Clients:
     """Ask until `num_requests` were made and `is_enough` is set. `outcomes` counts what became of
-    the requests, `broken` says which were served wrongly."""
+    the requests, `broken` says which were served wrongly.
 
-    def __init__(self, cluster: SimCluster, trace: Trace, seed: int, num_requests: int) -> None:
+    `must_finish`: an admitted request may not fail, unless it is a HTTP client's and its gateway
+    is gone. There are no deadlines then.
+    """
+
+    def __init__(
+        self,
+        cluster: SimCluster,
+        trace: Trace,
+        seed: int,
+        num_requests: int,
+        *,
+        must_finish: bool,
+        heard: Callable[[str], None],
+    ) -> None:
         self.is_enough = False
         self.num_requests = 0
+        self.num_resumed = 0
         self.outcomes: Counter[str] = Counter()
         self.broken: list[str] = []
+        self.calls: dict[str, Call] = {}  # in flight, by request id
         self._cluster = cluster
         self._trace = trace
         self._seed = seed
         self._num_wanted = num_requests
+        self._must_finish = must_finish
+        self._heard = heard
         rng = random.Random(f"{seed} prefixes")
         self._prefixes = [_tokens(rng, length) for length in (16, 33, 64)]
 
     async def run(self, num_clients: int) -> None:
         """All clients, until they are done."""
-        await asyncio.gather(*(self._client(index) for index in range(num_clients)))
+        pings = asyncio.ensure_future(self._ping())
+        try:
+            await asyncio.gather(*(self._client(index) for index in range(num_clients)))
+        finally:
+            pings.cancel()
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            for call in self.calls.values():
+                call.ping()
 
     async def _client(self, index: int) -> None:
         rng = random.Random(f"{self._seed} client {index}")
@@ -55,12 +86,8 @@ class Clients:
             # Once enough was asked only the faults still need somebody to strike.
             await asyncio.sleep(rng.uniform(0, 2 if self.num_requests >= self._num_wanted else 0.3))
             prompt = self._prompt(rng, history)
-            gateways = self._cluster.gateways
-            if gateways:
-                answer = await self.ask(rng, gateways[rng.randrange(len(gateways))], prompt)
-                history = [*prompt, *answer] if answer else []
-            else:
-                await asyncio.sleep(_PAUSE_S)
+            answer = await self.ask(rng, prompt)
+            history = [*prompt, *answer] if answer else []
 
     def _prompt(self, rng: random.Random, history: list[int]) -> list[int]:
         if history and len(history) < MOST_TOKENS - 60 and rng.random() < 0.6:
@@ -68,66 +95,71 @@ class Clients:
         prefix = rng.choice([*self._prefixes, []])
         return prefix + _tokens(rng, rng.randrange(1, 60))
 
-    async def ask(self, rng: random.Random, gateway: SimGateway, prompt: list[int]) -> list[int]:
+    async def ask(self, rng: random.Random, prompt: list[int]) -> list[int]:
         """One request, which may be cancelled, or must be done in time. Returns a whole answer."""
         self.num_requests += 1
-        name = f"request {self.num_requests}"
         num_tokens = rng.randrange(1, 28)
         deadline_s = rng.uniform(0.02, 2.0) if rng.random() < 0.1 else None
         cancel_after_s = rng.choice([rng.uniform(0, 0.05), rng.uniform(0, 0.6)])
-        is_cancelled = rng.random() < 0.2
+        if rng.random() >= 0.2:
+            cancel_after_s = None
+        message = Generate(
+            id=self.num_requests,
+            token_ids=prompt,
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0),
+            deadline_ms=None if deadline_s is None or self._must_finish else int(deadline_s * 1000),
+        )
+        is_resumable = rng.random() >= _HTTP_SHARE
+        call = Call(self._cluster, message, rng=rng, is_resumable=is_resumable, heard=self._heard)
+        self.calls[call.request_id] = call
         try:
-            stream = self._cluster.submit(
-                prompt, num_tokens, deadline_s=deadline_s, gateway=gateway
-            )
-        except KvbatonError as error:
-            self._refused(name, error)
+            async with asyncio.timeout(cancel_after_s):
+                await call.run()
+        except TimeoutError:
+            self._end(call, "cancelled", f"after {len(call.tokens)} tokens")
+        else:
+            await self._ended(call, num_tokens)
+        finally:
+            del self.calls[call.request_id]
+            self.num_resumed += call.num_gateways > 1 and bool(call.tokens)
+        self._check(call, prompt)
+        return call.tokens if len(call.tokens) == num_tokens else []
+
+    async def _ended(self, call: Call, num_tokens: int) -> None:
+        if call.error is not None:
+            self._refused(call, call.error)
             await asyncio.sleep(_PAUSE_S)
-            return []
-        if is_cancelled:
-            try:
-                async with asyncio.timeout(cancel_after_s):
-                    return await self._answer(name, stream, prompt, num_tokens)
-            except TimeoutError:
-                stream.cancel()
-                self._check(name, prompt, stream.tokens)
-                self._end(name, "cancelled", f"after {len(stream.tokens)} tokens")
-                return []
-        return await self._answer(name, stream, prompt, num_tokens)
+            return
+        if len(call.tokens) != num_tokens:
+            self.broken.append(
+                f"{call.request_id}: {len(call.tokens)} tokens instead of {num_tokens}"
+            )
+        self._end(call, "answered", f"{len(call.tokens)} tokens, {call.num_gateways} gateways")
 
-    async def _answer(
-        self, name: str, stream: RequestStream, prompt: list[int], num_tokens: int
-    ) -> list[int]:
-        tokens: list[int] = []
-        try:
-            async for event in stream:
-                tokens.append(event.token_id)
-                if event.finish_reason is not None:
-                    break
-        except KvbatonError as error:
-            self._check(name, prompt, tokens)
-            self._refused(name, error)
-            return []
-        if len(tokens) != num_tokens:
-            self.broken.append(f"{name}: {len(tokens)} tokens instead of {num_tokens}")
-        self._check(name, prompt, tokens)
-        self._end(name, "answered", f"{len(tokens)} tokens, {stream.timeline.num_attempts} tries")
-        return tokens
+    def _check(self, call: Call, prompt: list[int]) -> None:
+        if call.broken:
+            self.broken.append(f"{call.request_id}: {call.broken}")
+        if not mock_agrees(prompt, call.tokens):
+            expected = mock_output(prompt, len(call.tokens))
+            first = next(i for i, token in enumerate(call.tokens) if token != expected[i])
+            self.broken.append(f"{call.request_id}: token {first} of {len(call.tokens)} is wrong")
 
-    def _check(self, name: str, prompt: list[int], tokens: list[int]) -> None:
-        if not mock_agrees(prompt, tokens):
-            expected = mock_output(prompt, len(tokens))
-            first = next(i for i, token in enumerate(tokens) if token != expected[i])
-            self.broken.append(f"{name}: token {first} of {len(tokens)} is wrong")
+    def _refused(self, call: Call, error: KvbatonError) -> None:
+        lost_its_gateway = call.gateway is not None and not self._cluster.is_alive(call.gateway)
+        may_fail = (
+            not self._must_finish
+            or not call.was_admitted
+            or (not call.is_resumable and lost_its_gateway)
+        )
+        if not isinstance(error, REFUSALS) or not may_fail:
+            self.broken.append(f"{call.request_id}: {error.code}: {error.message}")
+        self._end(
+            call, "failed" if call.was_admitted else "refused", f"{error.code}: {error.message}"
+        )
 
-    def _refused(self, name: str, error: KvbatonError) -> None:
-        if not isinstance(error, REFUSALS):
-            self.broken.append(f"{name}: {error.code}: {error.message}")
-        self._end(name, "refused", f"{error.code}: {error.message}")
-
-    def _end(self, name: str, outcome: str, detail: str) -> None:
+    def _end(self, call: Call, outcome: str, detail: str) -> None:
         self.outcomes[outcome] += 1
-        self._trace.note(f"{name} {outcome}: {detail}")
+        self._trace.note(f"{call.request_id} {outcome}: {detail}")
 
 
 def mock_agrees(prompt: list[int], output: list[int]) -> bool:

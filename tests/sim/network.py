@@ -278,7 +278,7 @@ class SimNetwork:
             if connection.ended_at == math.inf:
                 connection = dealer.connection
             router.peers[connection.identity] = connection
-            router.context.run(router.handler, connection.identity, frames)
+            router.context.run(router.handler, connection.identity, frames, "")
 
 
 class SimRouter:
@@ -360,17 +360,27 @@ class SimDealer:
 
 
 class SimTransport:
-    """The sockets of one process."""
+    """The sockets of one process. No keys are used: each is who it says it is."""
 
     def __init__(self, network: SimNetwork, pid: int) -> None:
         self._network = network
         self._pid = pid
 
-    def router(self, endpoint: str, handler: RouterHandler) -> SimRouter:
+    def router(
+        self,
+        endpoint: str,
+        handler: RouterHandler,
+        _max_frame_bytes: int = 0,
+        _slow_reader_s: float | None = None,
+    ) -> SimRouter:
         return SimRouter(self._network, self._pid, endpoint, handler)
 
     def dealer(
-        self, endpoint: str, handler: DealerHandler, lost: Callable[[], None] | None = None
+        self,
+        endpoint: str,
+        handler: DealerHandler,
+        lost: Callable[[], None] | None = None,
+        _role: str = "",
     ) -> SimDealer:
         return SimDealer(self._network, self._pid, endpoint, handler, lost)
 

@@ -148,8 +148,8 @@ async def audit_with_a_liar() -> StoreAudit:
     async with SimCluster(World(7), Shape()) as cluster:
         liar = Stranger(cluster, STORES[0])
         assert await liar.hello("decode") == "Welcome"
-        assert await liar.ask(AskAudit()) == "protocol_error"
-        assert await liar.ask(AskWhy(block=1)) == "protocol_error"
+        assert await liar.ask(AskAudit()) == "forbidden"
+        assert await liar.ask(AskWhy(block=1)) == "forbidden"
         assert await liar.ask(Holdings(audit_id=1, spare=[2**31 - 1])) == ""  # nobody has asked
         asking = asyncio.create_task(audited_with_a_fault(cluster))
         await asyncio.sleep(0.01)

@@ -183,14 +183,34 @@ def test_workers_join_and_leave_a_running_cluster() -> None:
     simulate(main())
 
 
-def test_without_a_worker_of_a_role_requests_are_refused_at_once() -> None:
+def test_without_a_worker_of_a_role_requests_wait_a_moment_and_are_then_refused_at_once() -> None:
     async def main() -> None:
         async with SimCluster(World(1), Shape()) as cluster:
             await cluster.kill(cluster.of_role(PrefillRole)[0])
             await asyncio.sleep(HEARTBEAT_S)
+            stream = cluster.submit([5, 6, 7], 3)  # it may only be restarting
+            with pytest.raises(UnavailableError, match="no prefill worker"):
+                await output_of(stream)
             with pytest.raises(UnavailableError, match="no prefill worker") as refused:
                 cluster.submit([5, 6, 7], 3)
             assert refused.value.retry_after_s == 1
+            await cluster.add_worker("prefill")
+            await asyncio.sleep(HEARTBEAT_S)
+            assert await output_of(cluster.submit([5, 6, 7], 3)) == mock_output([5, 6, 7], 3)
+
+    simulate(main())
+
+
+def test_a_request_that_comes_while_a_worker_restarts_is_served_when_it_is_back() -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape()) as cluster:
+            await cluster.kill(cluster.of_role(PrefillRole)[0])
+            await asyncio.sleep(HEARTBEAT_S)
+            stream = cluster.submit([5, 6, 7], 3)
+            await asyncio.sleep(1)
+            await cluster.add_worker("prefill")
+            assert await output_of(stream) == mock_output([5, 6, 7], 3)
+            await cluster.settle()
 
     simulate(main())
 

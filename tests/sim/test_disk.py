@@ -163,7 +163,7 @@ def test_bytes_that_changed_in_memory_reach_neither_the_disk_nor_a_worker(num_ot
             await serve(cluster, prompt(5))
             await asyncio.sleep(0.5)
             block = next(block for block in range(128) if ledger.pool[block].name)
-            store._arena[block * MOCK_LAYOUT.block_bytes + 7] ^= 0xFF
+            store._memory.arena[block * MOCK_LAYOUT.block_bytes + 7] ^= 0xFF
             await fill(cluster, range(6, 6 + num_others))
             for worker in cluster.workers:  # as if it had been started again: it has no copies
                 mover = worker.stores[0].mover

@@ -83,10 +83,11 @@ def test_flipped_bytes_are_found_out_dropped_counted_and_computed_again() -> Non
             assert num_discards > 3
             (store,) = cluster.stores
             assert store.broker is not None
-            assert store.broker.num_corrupt == num_discards
-            num_refused = flip.num_struck - num_discards
+            # Two workers may find out the same block, and one may be too late to tell.
+            assert 3 < store.broker.num_corrupt <= num_discards
+            num_refused = store.num_corrupt - store.broker.num_corrupt
             assert num_refused > 3
-            assert store.num_corrupt == flip.num_struck
+            assert num_refused + num_discards == flip.num_struck  # each was noticed
             stream = cluster.submit([5] * 40, 5)
             assert await output_of(stream) == mock_output([5] * 40, 5)
             await cluster.settle()
@@ -149,7 +150,7 @@ def test_what_was_found_and_had_to_be_computed_again_was_not_cached() -> None:
             await output_of(cluster.submit(prompt, 3))
             (store,) = cluster.stores
             for block in range(512):
-                store._arena[block * MOCK_LAYOUT.block_bytes] ^= 0xFF
+                store._memory.arena[block * MOCK_LAYOUT.block_bytes] ^= 0xFF
             stream = cluster.submit(prompt, 3)
             assert await output_of(stream) == mock_output(prompt, 3)
             assert stream.timeline.num_attempts == 2

@@ -35,21 +35,38 @@ class SimRng:
 
 
 class SimDisk(LiveDisk):
-    """Arenas without names in any file system."""
+    """Arenas without names in any file system. What a process leaves when it is killed stays."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
+        self._owners: dict[str, int] = {}  # process numbers; none for what was left
+
+    def end(self, pid: int) -> None:
+        """The process was killed: others may take over what it owned, and it touches it no more."""
+        self._owners = {path: owner for path, owner in self._owners.items() if owner != pid}
 
     def remove_arena(self, path: str) -> None:
-        descriptor = self._files.pop(path, None)
-        if descriptor is not None:
-            os.close(descriptor)
+        if self._owners.pop(path, None) is not None:
+            os.close(self._files.pop(path))
 
-    def sweep_arenas(self, folder: str) -> list[str]:
+    def sweep_arenas(self, folder: str, *, keep_journaled: bool = False) -> list[str]:
         return []
 
     def _create(self, path: str) -> int:
+        left = self._take(path)
+        if left is not None:
+            os.close(left)
+            self.remove_arena(path)
         self._files[path] = os.memfd_create("arena")
+        self._owners[path] = PROCESS.get()
+        return os.dup(self._files[path])
+
+    def _take(self, path: str) -> int | None:
+        if path in self._owners:
+            raise ArenaError(f"{path} is in use")
+        if path not in self._files:
+            return None
+        self._owners[path] = PROCESS.get()
         return os.dup(self._files[path])
 
     def _open(self, path: str) -> int:
@@ -72,6 +89,9 @@ class SimProcesses:
         callbacks = self._callbacks[pid]
         callbacks.append(watch)
         return lambda: callbacks.remove(watch) if watch in callbacks else None
+
+    def started_at(self, pid: int) -> int:
+        return 1  # no number is used twice
 
     def end(self, pid: int) -> None:
         """Tell all who watch it; one that is stopped itself hears of it when it goes on."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from common.seams import LiveClock
 from common.service import Tasks
@@ -134,11 +135,12 @@ class FakeRng:
 
 
 @asynccontextmanager
-async def running_face(backend: FakeBackend) -> AsyncIterator[HttpFace]:
+async def running_face(backend: FakeBackend, **options: Any) -> AsyncIterator[HttpFace]:
     """An HTTP face on a free port; a failure of its server fails the test."""
+    options = {"model": demo_model(), "rng": FakeRng(), "clock": LiveClock(), **options}
     failures: list[BaseException] = []
     tasks = Tasks(failures.append)
-    face = HttpFace(backend, demo_model(), clock=LiveClock(), rng=FakeRng(), tasks=tasks, port=0)
+    face = HttpFace(backend, tasks=tasks, port=0, **options)
     await face.start()
     try:
         yield face

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable
-from enum import Enum
+import pickle
+from collections import defaultdict
 from itertools import zip_longest
 
 from common.kv.hashing import block_key, prompt_keys
@@ -32,6 +31,7 @@ from common.messages import (
     Release,
     Seal,
     Suspend,
+    Yield,
 )
 from kvbaton.errors import KvbatonError
 from services.kvstore.blocks import BlockPool, BlockState
@@ -43,18 +43,9 @@ BLOCK_SIZE = 2
 ROOT_KEY, TENANT = b"root", b"tenant"
 
 
-def frozen(value: object) -> Hashable:
-    """Everything an object consists of, as a value that can be compared and hashed."""
-    if value is None or isinstance(value, str | bytes | int | float | Enum) or callable(value):
-        return value
-    if isinstance(value, dict):
-        items = ((key, frozen(each)) for key, each in value.items())
-        return tuple(items) if isinstance(value, OrderedDict) else frozenset(items)
-    if isinstance(value, list | deque | tuple):
-        return tuple(frozen(each) for each in value)
-    if dataclasses.is_dataclass(value):
-        return tuple(frozen(getattr(value, each.name)) for each in dataclasses.fields(value))
-    return frozen(vars(value))
+def frozen(ledger: Ledger) -> bytes:
+    """Everything a ledger consists of, as a value that can be compared."""
+    return pickle.dumps({name: each for name, each in vars(ledger).items() if name != "_new_id"})
 
 
 class LedgerWorld:
@@ -78,6 +69,9 @@ class LedgerWorld:
         self.content: dict[int, bytes] = {}  # the key of what was last said to be in a block
         self.reading: dict[tuple[str, int], list[tuple[int, int]]] = {}  # what handoffs had pinned
         self.fenced: set[str] = set()  # handoffs of which their gateway takes no more
+        self.suspended: set[str] = set()
+        self.prompts: dict[str, list[int]] = {}  # by handoff, as far as they are full blocks
+        self._asked_for: dict[int, list[int]] = {}  # the same by call
         self.unanswered: set[tuple[str, int]] = set()
         self._num_calls = 0
         self.num_opened = 0
@@ -93,16 +87,21 @@ class LedgerWorld:
         if was is not None:
             was = dataclasses.replace(was, keys=list(was.keys))
         index = dict(self.ledger.pool._index)
-        try:
-            if isinstance(message, OpenHandoff | AbortHandoff):
-                answer = self.broker.from_gateway(sender, message)
-            else:
-                answer = self.broker.from_worker(sender, message)
-        except KvbatonError:
-            assert before is None or frozen(self.ledger) == before
-            return None
         if isinstance(message, OpenHandoff | Suspend):
             self.unanswered.add((sender, message.call_id))
+        is_gateways = isinstance(message, OpenHandoff | AbortHandoff)
+        take = self.broker.from_gateway if is_gateways else self.broker.from_worker
+        try:
+            answer = take(sender, message)
+        except KvbatonError:
+            assert before is None or frozen(self.ledger) == before
+            self.unanswered.discard((sender, message.call_id))
+            return None
+        if isinstance(message, OpenHandoff):
+            self.prompts[next(reversed(self.ledger.handoffs))] = self._asked_for[message.call_id]
+            self._went_on(sender, message)
+        if isinstance(message, Suspend):
+            self.suspended.add(message.handoff_id)
         if was is not None:
             if was.state is HandoffState.ABORTING:
                 assert self.ledger.pool._index.items() <= index.items()
@@ -138,6 +137,8 @@ class LedgerWorld:
                 if isinstance(block, int) and block in self.held[mine]:
                     self.held[mine].remove(block)
                     self.content[block] = b"" if late else key
+        if isinstance(message, Yield):
+            self.held[mine].difference_update(message.blocks)
         if isinstance(message, Seal) or (isinstance(message, Quit) and message.epoch == was.epoch):
             self.held.pop((sender, handoff_id), None)
 
@@ -154,12 +155,16 @@ class LedgerWorld:
 
     # ---- a gateway's ----------------------------------------------------------------------------
 
-    def open(self, gateway: str, prefill: str, decode: str, tokens: list[int]) -> Message | None:
+    def open(
+        self, gateway: str, prefill: str, decode: str, tokens: list[int], after: str = ""
+    ) -> Message | None:
         self.num_opened += 1
+        call_id = self._call_id()
+        self._asked_for[call_id] = tokens[: len(tokens) // BLOCK_SIZE * BLOCK_SIZE]
         return self.tell(
             gateway,
             OpenHandoff(
-                call_id=self._call_id(),
+                call_id=call_id,
                 request_id="request",
                 prefill_id=prefill,
                 decode_id=decode,
@@ -167,8 +172,25 @@ class LedgerWorld:
                 root_key=ROOT_KEY,
                 keys=prompt_keys(ROOT_KEY, tokens, BLOCK_SIZE),
                 num_tokens=len(tokens),
+                after=after,
             ),
         )
+
+    def go_on(
+        self, gateway: str, handoff_id: str, prefill: str, decode: str, num_more: int
+    ) -> Message | None:
+        """Another handoff after this one, for its tokens and those that decode has drawn: each is
+        a 7. With `num_more` 1 it is where an honest gateway would go on."""
+        handoff = self.ledger.handoffs[handoff_id]
+        num_tokens = (handoff.num_computed or handoff.num_tokens) + num_more
+        prompt = self.prompts[handoff_id]
+        tokens = prompt[:num_tokens] + [7] * (num_tokens - len(prompt))
+        return self.open(gateway, prefill, decode, tokens, after=handoff_id)
+
+    def _went_on(self, gateway: str, message: OpenHandoff) -> None:
+        former = self.ledger.handoffs.get(message.after)
+        if former is not None and former.gateway_id == gateway:
+            self.fenced.add(message.after)
 
     def abort(self, gateway: str, handoff_id: str) -> None:
         self.tell(gateway, AbortHandoff(handoff_id=handoff_id))
@@ -237,6 +259,18 @@ class LedgerWorld:
             ),
         )
 
+    def yield_(
+        self, sender: str, handoff_id: str, num_tokens: int, epoch_shift: int = 0
+    ) -> Message | None:
+        """With what an honest worker would have: a spare block if its last one is unfinished."""
+        handoff = self.ledger.handoffs.get(handoff_id)
+        rest: list[int] = []
+        if handoff is not None and num_tokens % BLOCK_SIZE:
+            rest = (handoff.blocks[handoff.num_committed :] + self.spare(sender))[:1]
+        epoch = self._epoch(handoff_id, epoch_shift)
+        message = Yield(handoff_id=handoff_id, epoch=epoch, num_tokens=num_tokens, blocks=rest)
+        return self.tell(sender, message)
+
     def quit(self, sender: str, handoff_id: str, epoch_shift: int = 0) -> Message | None:
         epoch = self._epoch(handoff_id, epoch_shift)
         return self.tell(sender, Quit(handoff_id=handoff_id, epoch=epoch))
@@ -271,8 +305,7 @@ class LedgerWorld:
         num_full = handoff.num_tokens // BLOCK_SIZE
         match handoff.state:
             case HandoffState.RESERVED:
-                # the epoch tells that decode goes on from a suspension
-                by_decode = handoff.epoch > 1
+                by_decode = handoff_id in self.suspended
                 self.fill(handoff.decode_id if by_decode else handoff.prefill_id, handoff_id)
             case HandoffState.FILLING if handoff.num_committed < num_full:
                 self.commit(handoff.writer, handoff_id)
@@ -372,10 +405,10 @@ class LedgerWorld:
         owned = [(block, owner) for owner, blocks in self.held.items() for block in blocks]
         for handoff in self.ledger.handoffs.values():
             rest = handoff.blocks[handoff.num_committed :]
-            if handoff.state is HandoffState.SEALED:
+            if handoff.state in (HandoffState.SEALED, HandoffState.HELD):
                 owned += [(block, ("", handoff.handoff_id)) for block in rest]
             if handoff.state is HandoffState.WAITING:
-                assert handoff.blocks == []
+                assert len(handoff.blocks) == handoff.num_committed
             if handoff.state is HandoffState.ABORTING:
                 assert handoff.writer in self.alive | self.silent
                 continue

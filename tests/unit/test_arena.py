@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.kv.arena import ARENA_PREFIX, ArenaError, LiveDisk
+from common.kv.arena import ARENA_PREFIX, JOURNAL_SUFFIX, ArenaError, LiveDisk
 from common.worker.memory import WorkerMemory
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +161,48 @@ def test_only_arenas_of_dead_owners_are_swept(folder: Path) -> None:
         alive.kill()
     mine.release()
     assert len(LiveDisk().sweep_arenas(str(folder))) == 2
+
+
+def test_what_a_dead_owner_left_is_taken_over_with_its_bytes(folder: Path) -> None:
+    path = str(folder / f"{ARENA_PREFIX}test")
+    assert LiveDisk().open_arena(path) is None
+    owner = Process(OWNER, path)
+    try:
+        assert owner.hear() == "made"
+        for attempt in (LiveDisk().open_arena, LiveDisk().create_arena):
+            with pytest.raises(ArenaError, match="another process uses the KV arena"):
+                attempt(path, 8192)
+        Path(path).write_bytes(b"left".ljust(8192))
+    finally:
+        owner.kill()
+    assert LiveDisk().open_arena(path, 4096) is None
+    arena = LiveDisk().open_arena(path, 8192)
+    assert arena is not None
+    assert bytes(arena[:4]) == b"left"
+    with pytest.raises(ArenaError, match="another process uses the KV arena"):
+        LiveDisk().open_arena(path)
+
+
+def test_what_others_could_have_written_is_not_taken_over(folder: Path) -> None:
+    path = folder / f"{ARENA_PREFIX}test"
+    path.write_bytes(bytes(PAGE))
+    path.chmod(0o666)
+    assert LiveDisk().open_arena(str(path)) is None
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert LiveDisk().open_arena(str(path)) is None
+
+
+def test_an_arena_that_can_be_taken_over_is_kept_until_its_room_is_needed(folder: Path) -> None:
+    names = ["one", f"one{JOURNAL_SUFFIX}", "two", f"three{JOURNAL_SUFFIX}"]
+    paths = [folder / f"{ARENA_PREFIX}{name}" for name in names]
+    for path in paths:
+        path.write_bytes(b"left")
+    assert LiveDisk().sweep_arenas(str(folder), keep_journaled=True) == sorted(
+        str(path) for path in paths[2:]
+    )
+    assert LiveDisk().sweep_arenas(str(folder)) == [str(path) for path in paths[:2]]
+    assert list(folder.iterdir()) == []
 
 
 def test_an_arena_that_is_just_being_made_is_not_swept(folder: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 
 from kvbaton.errors import TooLargeError, UnprocessableError
 from kvbaton.protocol import MAX_REQUEST_BYTES, ChatMessage, Generate, client_message_decoder
-from kvbaton.request import encode_request
+from kvbaton.request import encode_request, make_request
 from kvbaton.sampling import SamplingParams
 
 
 def request(text: str | None = None, **options: Any) -> Generate:
-    message = client_message_decoder().decode(encode_request(7, text, options))  # type: ignore[arg-type]
+    raw = encode_request(make_request(7, text, options))  # type: ignore[arg-type]
+    message = client_message_decoder().decode(raw)
     assert isinstance(message, Generate)
     return message
 

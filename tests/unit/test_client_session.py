@@ -15,6 +15,7 @@ from kvbaton.errors import (
 )
 from kvbaton.protocol import (
     HELLO_REQUIRED,
+    Accepted,
     Cancel,
     ClientMessage,
     Done,
@@ -108,6 +109,24 @@ def test_a_request_hears_its_own_messages_until_it_is_done(welcomed: World) -> N
     for message in (tokens(2), tokens(1), done(1), tokens(1), tokens(7), done(7)):
         welcomed.session.receive(message)
     assert welcomed.heard == {1: [tokens(1), done(1)], 2: [tokens(2)]}
+
+
+def test_a_request_hears_that_it_is_accepted(welcomed: World) -> None:
+    welcomed.start(1)
+    accepted = Accepted(id=1, request_id="a" * 32, seed=7)
+    welcomed.session.receive(accepted)
+    assert welcomed.heard == {1: [accepted]}
+
+
+def test_a_session_says_whether_it_is_welcome_and_how_much_it_has(world: World) -> None:
+    assert not world.session.is_welcome
+    world.welcome()
+    for request_id in (1, 2):
+        world.start(request_id)
+    world.session.receive(done(1))
+    assert (world.session.is_welcome, world.session.num_requests) == (True, 1)
+    world.session.end(ConnectionLostError("gone"))
+    assert (world.session.is_welcome, world.session.num_requests) == (False, 0)
 
 
 def test_an_error_with_an_id_ends_that_request_alone(welcomed: World) -> None:

@@ -135,7 +135,9 @@ def never_asks_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Ledger,
         "abort",
-        lambda ledger, handoff_id, is_fenced: abort(ledger, handoff_id, is_fenced=True),
+        lambda ledger, handoff_id, is_fenced, is_kept=False: abort(
+            ledger, handoff_id, is_fenced=True
+        ),
     )
 
 

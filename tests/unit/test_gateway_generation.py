@@ -12,6 +12,7 @@ from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, TokenEvent
 from services.gateway.generation import (
     Generation,
+    TextOutput,
     TextToken,
     check_prompt,
     check_stop,
@@ -37,8 +38,8 @@ def generation_of(
     script: Script, stop: list[str] | None = None, min_tokens: int = 0
 ) -> tuple[Generation, FakeStream]:
     stream = stream_of(script)
-    detokenizer = demo_model().detokenizer()
-    return Generation(stream, detokenizer, stop or (), min_tokens=min_tokens), stream
+    output = TextOutput(demo_model().detokenizer(), stop or (), min_tokens=min_tokens)
+    return Generation(stream, output), stream
 
 
 async def read(generation: Generation) -> list[TextToken]:
@@ -127,7 +128,7 @@ async def test_a_stream_that_ends_too_early_is_an_error() -> None:
             yield TokenEvent(0, 100)
 
     stream = Short(GenerationRequest("0" * 32, [5], SamplingParams()))
-    generation = Generation(stream, demo_model().detokenizer())
+    generation = Generation(stream, TextOutput(demo_model().detokenizer()))
     with pytest.raises(KvbatonError, match="ended before its last token"):
         await read(generation)
 

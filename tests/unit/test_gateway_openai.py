@@ -15,6 +15,7 @@ from services.gateway.generation import check_cache_salt
 from services.gateway.openai import schema
 from services.gateway.openai.choices import Choices, Job
 from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from services.gateway.quotas import Charge, Limits, Quota
 from tests.unit.gateway_fakes import (
     FakeBackend,
     FakeRng,
@@ -57,12 +58,15 @@ def job(num_prompts: int, n: int, **values: Any) -> Job:
         stop=(),
         skip_special_tokens=True,
         cache_salt="",
+        cache_tenant="acme",
+        charge=Charge(Quota(Limits(), 0), 0),
+        rng=FakeRng(),
         received_at=0.0,
     )
 
 
 def choices(job: Job, backend: FakeBackend) -> Choices:
-    return Choices(job, backend, demo_model(), clock=StillClock(), rng=FakeRng())
+    return Choices(job, backend, demo_model(), StillClock())
 
 
 def test_null_means_the_default_everywhere() -> None:
@@ -231,7 +235,6 @@ def test_chat_logprobs_are_a_number_of_alternatives() -> None:
         ("prompt_logprobs", 1),
         ("continue_final_message", True),
         ("add_generation_prompt", False),
-        ("chat_template", "{{ messages }}"),
     ],
 )
 def test_what_would_change_the_answer_is_refused(name: str, value: object) -> None:

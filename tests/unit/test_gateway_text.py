@@ -32,14 +32,14 @@ def folder_with(path: Path, template: str | None = None, **config: Any) -> Path:
     return path
 
 
-def rendered(model: TextModel, messages: list[dict[str, Any]], **options: Any) -> str:
-    return "".join(map(model.token_text, model.chat(messages, **options)))
+async def rendered(model: TextModel, messages: list[dict[str, Any]], **options: Any) -> str:
+    return "".join(map(model.token_text, await model.chat(messages, **options)))
 
 
-def test_chat_gives_the_tokens_of_transformers() -> None:
+async def test_chat_gives_the_tokens_of_transformers() -> None:
     reference = AutoTokenizer.from_pretrained(DEMO)
     wanted: Any = reference.apply_chat_template(CHAT, add_generation_prompt=True)
-    assert demo_model().chat(CHAT) == wanted["input_ids"]
+    assert await demo_model().chat(CHAT) == wanted["input_ids"]
 
 
 def test_encode_adds_special_tokens_unless_told_not_to() -> None:
@@ -69,10 +69,10 @@ def test_cutting_and_padding_of_a_tokenizer_file_are_switched_off(tmp_path: Path
     assert TextModel(folder).encode("one two three") == demo_model().encode("one two three")
 
 
-def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
+async def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
     config = {"bos_token": {"content": "<|bos|>", "special": True}, "eos_token": None}
     model = TextModel(folder_with(tmp_path, "{{ bos_token }}[{{ eos_token }}]", **config))
-    assert rendered(model, CHAT) == "<|bos|>[]"
+    assert await rendered(model, CHAT) == "<|bos|>[]"
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,25 @@ def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
                            {"name": "default", "template": "T{{ messages | length }}"}]},
     ],
 )  # fmt: skip
-def test_templates_in_the_tokenizer_configuration(tmp_path: Path, config: dict[str, Any]) -> None:
-    assert rendered(TextModel(folder_with(tmp_path, **config)), CHAT) == "T4"
+async def test_templates_in_the_tokenizer_configuration(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    assert await rendered(TextModel(folder_with(tmp_path, **config)), CHAT) == "T4"
 
 
-def test_a_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
+async def test_a_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
     model = TextModel(folder_with(tmp_path, "file", chat_template="configuration"))
-    assert rendered(model, CHAT) == "file"
+    assert await rendered(model, CHAT) == "file"
 
 
-def test_templates_find_what_transformers_gives_them(tmp_path: Path) -> None:
+async def test_templates_find_what_transformers_gives_them(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
         "{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}{{ extra }}"
     )
     model = TextModel(folder_with(tmp_path, template))
-    text = rendered(model, [{"role": "user", "content": "<&>"}, *CHAT], extra=7)
+    text = await rendered(model, [{"role": "user", "content": "<&>"}, *CHAT], extra=7)
     assert text == '{"role": "user", "content": "<&>"}4True7'
 
 
@@ -116,12 +118,12 @@ def test_templates_find_what_transformers_gives_them(tmp_path: Path) -> None:
         (None, "has no chat template"),
     ],
 )
-def test_a_template_that_fails_is_the_messages_fault(
+async def test_a_template_that_fails_is_the_messages_fault(
     tmp_path: Path, template: str | None, words: str
 ) -> None:
     model = TextModel(folder_with(tmp_path, template))
     with pytest.raises(InvalidRequestError, match=words) as error:
-        model.chat(CHAT)
+        await model.chat(CHAT)
     assert error.value.field == "messages"
 
 

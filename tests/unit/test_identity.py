@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.cluster.identity import Identity, identify, service_settings
+from scripts.cluster.identity import KEYS_FOLDER, Identity, identify, service_settings
 from scripts.cluster.ports import ClusterError
 
 
@@ -51,6 +51,7 @@ def test_gateways_share_the_http_port_and_have_client_ports_of_their_own() -> No
 def test_workers_compute_on_threads_that_do_not_spin() -> None:
     assert settings_of("decode.1") == {
         "KVBATON_NAME": "decode.1",
+        "KVBATON_KEYS": str(KEYS_FOLDER),
         "KVBATON_STORES": "tcp://127.0.0.1:5570",
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": "1",

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 from common.messages import Commit
 from services.kvstore.handoff import Handoff, HandoffState
 from tests.unit.ledger_wire import WireWorld
-from tests.unit.ledger_world import LedgerWorld
+from tests.unit.ledger_world import BLOCK_SIZE, LedgerWorld
 
 MEMBERS = ["gateway-1", "gateway-2", "prefill-1", "prefill-2", "decode-1", "decode-2"]
 MOST_LOSSES = 4
@@ -98,6 +98,38 @@ class LedgerMachine(RuleBasedStateMachine):
     def suspend(self, number: int, num_more: int) -> None:
         handoff = self.handoff(number)
         self.world.suspend(handoff.decode_id, handoff.handoff_id, num_more)
+
+    @precondition(has_handoffs)
+    @rule(number=NUMBERS, num_tokens=st.none() | st.integers(0, 9))
+    def yield_(self, number: int, num_tokens: int | None) -> None:
+        """Decode hands on what it has; mostly as much as it has said is final, and a token more."""
+        handoff = self.handoff(number)
+        if num_tokens is None:
+            num_tokens = handoff.num_committed * BLOCK_SIZE + 1
+        self.world.yield_(handoff.decode_id, handoff.handoff_id, num_tokens)
+
+    @precondition(has_handoffs)
+    @rule(
+        number=NUMBERS,
+        gateway=st.none() | NUMBERS,
+        workers=st.tuples(NUMBERS, NUMBERS),
+        num_more=st.sampled_from([1, 1, 1, 0, -1, 2]),
+        num_steps=NUMBERS,
+    )
+    def go_on(
+        self, number: int, gateway: int | None, workers: tuple[int, int], num_more: int,
+        num_steps: int,
+    ) -> None:  # fmt: skip
+        """The same request elsewhere, asked for by its own gateway, mostly."""
+        handoff, before = self.handoff(number), set(self.world.ledger.handoffs)
+        sender = handoff.gateway_id if gateway is None else self.one("gateway", gateway)
+        if sender not in self.world.alive:
+            return
+        prefill_id, decode_id = self.one("prefill", workers[0]), self.one("decode", workers[1])
+        self.world.go_on(sender, handoff.handoff_id, prefill_id, decode_id, num_more)
+        for handoff_id in set(self.world.ledger.handoffs) - before:
+            for _ in range(num_steps):
+                self.world.advance(handoff_id)
 
     def is_ending(self) -> bool:
         return any(

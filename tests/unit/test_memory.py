@@ -18,7 +18,10 @@ class FakeDisk:
     def create_arena(self, path: str, num_bytes: int) -> memoryview:
         raise NotImplementedError
 
-    def sweep_arenas(self, folder: str) -> list[str]:
+    def open_arena(self, path: str, num_bytes: int = 0) -> memoryview | None:
+        raise NotImplementedError
+
+    def sweep_arenas(self, folder: str, *, keep_journaled: bool = False) -> list[str]:
         raise NotImplementedError
 
     def remove_arena(self, path: str) -> None:

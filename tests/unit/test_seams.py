@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +73,14 @@ def test_ids_are_128_bits_in_hexadecimal_and_seeds_63_bits() -> None:
     assert len(ids) == 100
     assert all(len(each) == 32 and int(each, 16) >= 0 for each in ids)
     assert all(0 <= rng.new_seed() < 2**63 for _ in range(100))
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number(
+    process: subprocess.Popen[bytes],
+) -> None:
+    began = LiveProcesses().started_at(process.pid)
+    assert began == LiveProcesses().started_at(process.pid) > 0
+    assert LiveProcesses().started_at(os.getpid()) not in (0, began)
+    process.kill()
+    process.wait()
+    assert LiveProcesses().started_at(process.pid) == 0

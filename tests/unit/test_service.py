@@ -165,6 +165,7 @@ async def test_a_drain_that_takes_too_long_is_cut_off(monkeypatch: pytest.Monkey
 PROCESS = """
 import asyncio, sys
 from common.config import StartError
+from common.net.access import Access
 from common.service import serve
 
 class Service:
@@ -183,7 +184,8 @@ class Service:
     async def close(self):
         print("closed", flush=True)
 
-sys.exit(asyncio.run(serve("test", "warning", Service)))
+access = Access("decode", "", insecure=True, binds=[])
+sys.exit(asyncio.run(serve("test", "error", access, Service)))
 """
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvbaton.admin import HandoffAudit, HistoryEvent, MemberAudit, StoreAudit, StoreHistory
 from kvbaton.protocol import (
+    Accepted,
     Audit,
     Audited,
     Cancel,
@@ -18,6 +19,7 @@ from kvbaton.protocol import (
     Hello,
     Ping,
     Pong,
+    Resume,
     Timings,
     Token,
     Tokens,
@@ -62,6 +64,23 @@ CLIENT_MESSAGES: dict[str, ClientMessage] = {
             ChatMessage(role="user", content="What is a baton?"),
         ],
     ),
+    "generate_resume": Generate(
+        id=1,
+        text="def f(",
+        sampling=SamplingParams(max_tokens=2),
+        resumable=True,
+        resume=Resume(request_id="0123456789abcdef0123456789abcdef", seed=7, tokens=[88]),
+    ),
+    "generate_resume_end": Generate(
+        id=1,
+        text="def f(",
+        resume=Resume(
+            request_id="0123456789abcdef0123456789abcdef",
+            seed=2**63 - 1,
+            tokens=[88, 1],
+            finish_reason="stop",
+        ),
+    ),
     "cancel": Cancel(id=1),
     "ping": Ping(),
     "audit": Audit(id=2, admin_key="a key of 16 chars"),
@@ -76,8 +95,9 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
         model="demo",
         max_model_len=2048,
     ),
+    "accepted": Accepted(id=1, request_id="0123456789abcdef0123456789abcdef", seed=7),
     "tokens": Tokens(id=1, tokens=[Token(index=0, token_id=88, text="x")]),
-    "tokens_last": Tokens(id=1, tokens=[Token(index=1, token_id=1)]),
+    "tokens_last": Tokens(id=1, tokens=[Token(index=1, token_id=1)], finish_reason="stop"),
     "tokens_logprobs": Tokens(
         id=2**32,
         tokens=[

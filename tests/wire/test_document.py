@@ -21,7 +21,9 @@ RECORDS: dict[str, type[msgspec.Struct]] = {
     "A message of `messages`:": protocol.ChatMessage,
     "`sampling`:": sampling.SamplingParams,
     "### `cancel`": protocol.Cancel,
+    "`resume`, ": protocol.Resume,
     "### `welcome`": protocol.Welcome,
+    "### `accepted`": protocol.Accepted,
     "### `tokens`": protocol.Tokens,
     "A token:": protocol.Token,
     "### `done`": protocol.Done,
@@ -99,7 +101,7 @@ def test_the_example_shows_every_kind_of_message() -> None:
     shown = {name.partition("_")[0] for name, _ in EXAMPLES}
     assert shown == {
         *("hello", "generate", "cancel", "ping", "audit", "why"),
-        *("welcome", "tokens", "done", "error", "pong", "audited", "told"),
+        *("welcome", "accepted", "tokens", "done", "error", "pong", "audited", "told"),
     }
 
 

@@ -23,6 +23,9 @@ _EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),  # nginx would collect events
 ]
 _DONE = b"data: [DONE]\n\n"
+# Tokens that have come already, or that nobody is there to read, take no turn of the event loop: a
+# long answer would keep the others waiting, and its own end from being noticed.
+_TOKENS_BETWEEN_TURNS = 32
 
 
 class View(Protocol):
@@ -146,6 +149,8 @@ class Answer(Response):
             if options.continuous_usage_stats:
                 envelope.usage = self._choices.usage()
             await _send_body(send, event + _event(envelope))
+            if token.index % _TOKENS_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
         last = b""
         if options.include_usage:
             envelope.choices = []

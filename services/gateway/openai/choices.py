@@ -13,7 +13,8 @@ from common.metrics import LATENCY_BUCKETS_S, REGISTRY
 from common.seams import Clock, Rng
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import Backend, GenerationRequest
-from services.gateway.generation import Generation, TextToken
+from services.gateway.generation import Generation, TextOutput, TextToken
+from services.gateway.quotas import Charge
 from services.gateway.text import TextModel
 
 _FIRST_TOKEN_S = Histogram(
@@ -42,6 +43,9 @@ class Job:
     stop: Sequence[str]
     skip_special_tokens: bool
     cache_salt: str
+    cache_tenant: str
+    charge: Charge
+    rng: Rng  # where seeds come from that the client did not give
     received_at: float
 
 
@@ -65,15 +69,12 @@ class Choices:
     `close` cancels whatever still runs and must be called.
     """
 
-    def __init__(
-        self, job: Job, backend: Backend, model: TextModel, *, clock: Clock, rng: Rng
-    ) -> None:
+    def __init__(self, job: Job, backend: Backend, model: TextModel, clock: Clock) -> None:
         """Submits every choice, or none: raises what Backend.submit raises."""
         self._job = job
         self._backend = backend
         self._model = model
         self._clock = clock
-        self._rng = rng
         self._generations: list[Generation] = []
         self._queue: asyncio.Queue[tuple[int, TextToken] | Exception] = asyncio.Queue(
             _MAX_QUEUED_TOKENS
@@ -84,6 +85,7 @@ class Choices:
                 self._submit(prompt)
         except BaseException:
             self._cancel()
+            job.charge.settle(0)
             raise
         self._num_running = len(self._generations)
         self._last_at = [0.0] * len(self._generations)
@@ -94,19 +96,20 @@ class Choices:
     def _submit(self, prompt: list[int]) -> None:
         job, sampling = self._job, self._job.sampling
         if sampling.seed is None:
-            sampling = msgspec.structs.replace(sampling, seed=self._rng.new_seed())
+            sampling = msgspec.structs.replace(sampling, seed=job.rng.new_seed())
         for choice in range(job.n):
             request = GenerationRequest(
                 request_id=self._request_id(),
                 prompt=prompt,
                 sampling=sampling,
                 choice=choice,
+                tenant=job.cache_tenant,
                 cache_salt=job.cache_salt,
             )
             stream = self._backend.submit(request)
             detokenizer = self._model.detokenizer(skip_special_tokens=job.skip_special_tokens)
-            generation = Generation(stream, detokenizer, job.stop, min_tokens=sampling.min_tokens)
-            self._generations.append(generation)
+            output = TextOutput(detokenizer, job.stop, min_tokens=sampling.min_tokens)
+            self._generations.append(Generation(stream, output))
 
     def _request_id(self) -> str:
         """The next choice's own: the first goes by the id that the client sees."""
@@ -165,6 +168,7 @@ class Choices:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
+        self._job.charge.settle(self.usage().total_tokens)
 
     def _cancel(self) -> None:
         for generation in self._generations:

@@ -14,8 +14,11 @@ from starlette.responses import Response
 from common.seams import Clock, Rng
 from kvbaton.errors import InvalidRequestError, NotFoundError
 from kvbaton.sampling import SamplingParams
+from services.gateway.api_keys import Caller
 from services.gateway.backend import Backend
 from services.gateway.generation import check_cache_salt, check_prompt, check_stop, tokenize
+from services.gateway.idempotency import HEADER as IDEMPOTENCY_KEY
+from services.gateway.idempotency import DerivedRng, read_key
 from services.gateway.openai import schema
 from services.gateway.openai.answer import Answer, View
 from services.gateway.openai.body import BodyReader
@@ -23,6 +26,7 @@ from services.gateway.openai.chat import ChatView
 from services.gateway.openai.choices import Choices, Job
 from services.gateway.openai.completions import CompletionView
 from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, UnsupportedFields
+from services.gateway.quotas import Charge, over_quota
 from services.gateway.text import TextModel
 
 log = structlog.get_logger()
@@ -73,7 +77,8 @@ class Endpoints:
         """POST /v1/completions."""
         received_at = self._clock.now()
         async with self._bodies.open(request) as body:
-            fields = schema.decode(body, schema.CompletionRequest)
+            rng = self._rng_of(request, body)
+            fields = schema.decode_body(body, schema.CompletionRequest)
             self._check(body, fields, COMPLETION_FIELDS)
             sampling = schema.sampling_params(
                 fields,
@@ -87,9 +92,7 @@ class Endpoints:
             token_ids = await tokenize(
                 num_chars, lambda: [self._encode(prompt, is_special) for prompt in prompts]
             )
-        job = self._job(
-            request, fields, token_ids, sampling, received_at=received_at, field="prompt"
-        )
+        job = self._job(request, fields, token_ids, sampling, rng=rng, received_at=received_at)
         view = CompletionView(
             self._model, len(prompts) * job.n, with_logprobs=sampling.logprobs is not None
         )
@@ -99,7 +102,8 @@ class Endpoints:
         """POST /v1/chat/completions."""
         received_at = self._clock.now()
         async with self._bodies.open(request) as body:
-            fields = schema.decode(body, schema.ChatRequest)
+            rng = self._rng_of(request, body)
+            fields = schema.decode_body(body, schema.ChatRequest)
             self._check(body, fields, CHAT_FIELDS)
             sampling = schema.sampling_params(
                 fields,
@@ -108,10 +112,9 @@ class Endpoints:
             )
             schema.check_num_choices(1, _first(fields.n, 1))
             messages = schema.parse_messages(fields.messages)
-            prompt = await tokenize(len(body), lambda: self._model.chat(messages))
-        job = self._job(
-            request, fields, [prompt], sampling, received_at=received_at, field="messages"
-        )
+            prompt = await self._model.chat(messages, most_tokens=self._backend.max_model_len)
+            self._check_prompt(prompt, "messages")
+        job = self._job(request, fields, [prompt], sampling, rng=rng, received_at=received_at)
         view = ChatView(self._model, with_logprobs=sampling.logprobs is not None)
         return self._answer(job, fields, view)
 
@@ -170,8 +173,14 @@ class Endpoints:
 
     def _encode(self, prompt: str | list[int], is_special: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self._model.encode(prompt, add_special_tokens=is_special)
+            prompt = self._model.encode(
+                prompt, add_special_tokens=is_special, most_tokens=self._backend.max_model_len
+            )
+        self._check_prompt(prompt, "prompt")  # before the next one is tokenized
         return prompt
+
+    def _check_prompt(self, prompt: list[int], field: str) -> None:
+        check_prompt(prompt, self._model.vocab_size, self._backend.max_model_len, field=field)
 
     def _job(
         self,
@@ -180,25 +189,52 @@ class Endpoints:
         prompts: list[list[int]],
         sampling: SamplingParams,
         *,
+        rng: Rng,
         received_at: float,
-        field: str,
     ) -> Job:
-        for prompt in prompts:
-            check_prompt(prompt, self._model.vocab_size, self._backend.max_model_len, field=field)
+        n = _first(fields.n, 1)
+        cache_salt = check_cache_salt(fields.cache_salt)
+        caller: Caller = request.state.caller
         return Job(
             request_id=request.state.request_id,
             prompts=prompts,
-            n=_first(fields.n, 1),
+            n=n,
             sampling=sampling,
             stop=schema.stop_strings(fields),
             skip_special_tokens=_first(fields.skip_special_tokens, True),
-            cache_salt=check_cache_salt(fields.cache_salt),
+            cache_salt=cache_salt,
+            cache_tenant=caller.cache_tenant,
+            charge=self._charge(caller, prompts, n, sampling),
+            rng=rng,
             received_at=received_at,
         )
 
+    def _rng_of(self, request: Request, body: bytes) -> Rng:
+        """Where the request's seeds come from. With an Idempotency-Key its id does too."""
+        key = read_key(request.headers.getlist(IDEMPOTENCY_KEY))
+        if key is None:
+            return self._rng
+        caller: Caller = request.state.caller
+        rng = DerivedRng(tenant=caller.tenant, key=key, model=self._model.name, body=body)
+        request.state.request_id = rng.new_id()
+        return rng
+
+    def _charge(
+        self, caller: Caller, prompts: list[list[int]], n: int, sampling: SamplingParams
+    ) -> Charge:
+        """Sets aside the most tokens that the request can use. Raises OverloadedError."""
+        num_tokens = 0
+        for prompt in prompts:
+            room = (self._backend.max_model_len or len(prompt)) - len(prompt)
+            num_tokens += len(prompt) + n * min(room, _first(sampling.max_tokens, room))
+        refusal = caller.quota.take_tokens(num_tokens, self._clock.now())
+        if refusal is not None:
+            raise over_quota(refusal)
+        return Charge(caller.quota, num_tokens)
+
     def _answer(self, job: Job, fields: schema.GenerationFields, view: View) -> Answer:
         return Answer(
-            Choices(job, self._backend, self._model, clock=self._clock, rng=self._rng),
+            Choices(job, self._backend, self._model, self._clock),
             view,
             request_id=job.request_id,
             model_name=self._model.name,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from kvbaton.errors import KvbatonError
 
 _CODES = {
+    401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
@@ -36,12 +37,23 @@ def kvbaton_error_body(error: KvbatonError) -> bytes:
 
 
 async def on_kvbaton_error(_request: Request, error: Exception) -> Response:
-    """Answers a request that failed; 429 and 503 say when to come back."""
+    """Answers a request that failed."""
     assert isinstance(error, KvbatonError)
+    return kvbaton_error_response(error)
+
+
+def kvbaton_error_response(error: KvbatonError) -> Response:
+    """The answer to a request that ends with it; 429 and 503 say when to come back."""
     headers = {}
     if error.status in (429, 503):
         headers["retry-after"] = str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))
     return _response(error.status, kvbaton_error_body(error), headers)
+
+
+def no_key_response() -> Response:
+    """The answer to a request without a key, or with one that nobody has."""
+    message = "this server needs an API key: Authorization: Bearer KEY"
+    return _response(401, error_body(401, message, _CODES[401]), {"www-authenticate": "Bearer"})
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

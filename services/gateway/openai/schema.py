@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,6 +12,9 @@ from kvbaton.errors import InvalidRequestError
 from kvbaton.sampling import SamplingParams, check_sampling
 
 MAX_CHOICES = 128
+MAX_MESSAGES = 4096
+MAX_CONTENT_PARTS = 4096  # of all messages together
+MAX_STRINGS = 64 * 1024  # names included
 
 T = TypeVar("T")
 
@@ -92,6 +96,16 @@ IGNORED_FIELDS = frozenset({
 })  # fmt: skip
 
 
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """`decode`, once it is sure that the values cannot take much more memory than the text."""
+    # Millions of tiny strings would. A quote in a string is escaped; so may a closing one seem,
+    # after a backslash: then this finds half of the strings.
+    num_quotes = body.count(b'"')
+    if num_quotes > 2 * MAX_STRINGS and num_quotes - body.count(b'\\"') > 2 * MAX_STRINGS:
+        raise InvalidRequestError(f"the body has more than {MAX_STRINGS} strings and names")
+    return decode(body, kind)
+
+
 def decode(body: bytes | msgspec.Raw, kind: type[T], where: str = "") -> T:
     """The typed value in a JSON text. `where` names the field that the text is the value of.
 
@@ -103,7 +117,10 @@ def decode(body: bytes | msgspec.Raw, kind: type[T], where: str = "") -> T:
         message, field = _explain(str(error), where)
         raise InvalidRequestError(message, field=field) from error
     except RecursionError as error:
-        raise InvalidRequestError("the body is nested too deeply") from error
+        limit = sys.getrecursionlimit()  # less what is on the stack already
+        raise InvalidRequestError(
+            f"the body is nested too deeply, the limit is below {limit} levels"
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
@@ -147,6 +164,16 @@ def parse_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """The conversation as chat templates take it: content as one text, absent keys left out."""
     if not messages:
         raise InvalidRequestError("messages is empty", field="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages holds at most {MAX_MESSAGES} messages, got {len(messages)}", field="messages"
+        )
+    parts = [message.content for message in messages if isinstance(message.content, list)]
+    if sum(map(len, parts)) > MAX_CONTENT_PARTS:
+        raise InvalidRequestError(
+            f"messages hold at most {MAX_CONTENT_PARTS} content parts, got {sum(map(len, parts))}",
+            field="messages",
+        )
     return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

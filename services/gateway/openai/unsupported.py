@@ -23,6 +23,8 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": _EMPTY,
     "bad_words": _EMPTY,
     "best_of": (None, 1),
+    "chat_template": _EMPTY,
+    "chat_template_kwargs": _EMPTY,
     "custom_params": _EMPTY,
     "ebnf": _EMPTY,
     "echo": _OFF,
@@ -52,8 +54,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
 }
 _CHAT: dict[str, tuple[Any, ...]] = {
     "audio": _NULL,
-    "chat_template": _EMPTY,
-    "chat_template_kwargs": _EMPTY,
     "continue_final_message": _OFF,
     "documents": _EMPTY,
     "function_call": (None, "none", "auto"),
@@ -64,6 +64,8 @@ _CHAT: dict[str, tuple[Any, ...]] = {
     "tools": _EMPTY,
     "web_search_options": _NULL,
 }
+# Not for lack of time: a template is a program.
+_NEVER = ("chat_template", "chat_template_kwargs")
 
 
 class UnsupportedFields:
@@ -91,7 +93,13 @@ class UnsupportedFields:
                 continue
             is_short = len(raw) <= _MAX_DEFAULT_BYTES
             if not is_short or msgspec.json.decode(raw) not in accepted:
-                raise InvalidRequestError(f"{name} is not supported yet", field=name)
+                raise InvalidRequestError(_reason(name), field=name)
+
+
+def _reason(name: str) -> str:
+    if name in _NEVER:
+        return f"{name} is refused: conversations are laid out by the model's own template"
+    return f"{name} is not supported yet"
 
 
 COMPLETION_FIELDS = UnsupportedFields(_BOTH)

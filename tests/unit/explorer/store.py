@@ -115,7 +115,7 @@ class Store:
         ledger = self.ledger
         for (
             number, epoch, gateway, prefill, decode, kind, blocks, num_committed, num_cached,
-            num_reserved, writer, is_fenced, num_keys, num_tokens,
+            num_reserved, writer, is_fenced, is_kept, num_computed, num_keys, num_tokens,
         ) in state.handoffs:  # fmt: skip
             prompt = self._prompts[number]
             ledger.handoffs[f"h{number}"] = Handoff(
@@ -136,6 +136,8 @@ class Store:
                 num_reserved=num_reserved,
                 writer=member_id(*writer) if writer else "",
                 is_fenced=is_fenced,
+                is_kept=is_kept,
+                num_computed=num_computed,
             )
             ledger.num_reserved += num_reserved
         ledger._waiting = deque(ledger.handoffs[f"h{number}"] for number in state.waiting)
@@ -172,7 +174,7 @@ class Store:
             HANDOFF_STATES.index(handoff.state), tuple(handoff.blocks), handoff.num_committed,
             handoff.num_cached, handoff.num_reserved,
             self._ids[handoff.writer] if handoff.writer else (), handoff.is_fenced,
-            len(handoff.keys), handoff.num_tokens,
+            handoff.is_kept, handoff.num_computed, len(handoff.keys), handoff.num_tokens,
         )  # fmt: skip
 
     def _freeze_block(self, block_id: int) -> tuple[int, int, int, int]:
@@ -260,7 +262,7 @@ class Store:
                     assert self._role_of(block.writer), "a block is granted to no member"
                 else:
                     state = ledger.handoffs[block.writer].state
-                    assert state in (HandoffState.FILLING, HandoffState.SEALED)
+                    assert state in (HandoffState.FILLING, HandoffState.SEALED, HandoffState.HELD)
             elif block.state is BlockState.QUARANTINED:
                 if block.writer in self._ids:
                     assert self._ids[block.writer] in self.lost, "nobody can end this quarantine"

@@ -1,0 +1,63 @@
+"""Who may say what: the message types that each role may send to each kind of server.
+
+A role is that of the sender's key; in a cluster without keys it is the one that a member claims in
+its hello, and clients have none. What is not listed is refused before anything is done about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from common.messages.audits import AskAudit, AskWhy, Holdings
+from common.messages.base import Heartbeat, Hello, Leave, Stopped
+from common.messages.handoffs import (
+    AbortHandoff,
+    Claim,
+    Commit,
+    Discard,
+    Fill,
+    GetBlocks,
+    GiveBack,
+    Lease,
+    OpenHandoff,
+    PutBlocks,
+    Quit,
+    Release,
+    Seal,
+    Suspend,
+    Yield,
+)
+from common.messages.requests import Prefill, Reserve
+from kvbaton import protocol
+from kvbaton.errors import ForbiddenError
+
+Rights = Mapping[str, frozenset[type[Any]]]  # by role
+
+_MEMBER = frozenset({Hello, Heartbeat, Leave, Stopped})
+_WORKER = _MEMBER | {Fill, Commit, Seal, Quit, Discard, Holdings}
+_CLIENT = frozenset({protocol.Hello, protocol.Ping, protocol.Generate, protocol.Cancel})
+_ADMIN = frozenset({protocol.Hello, protocol.Ping, protocol.Cancel, protocol.Audit, protocol.Why})
+
+RIGHTS: Mapping[str, Rights] = {
+    "kvstore": {
+        "gateway": _MEMBER | {OpenHandoff, AbortHandoff, AskAudit, AskWhy},
+        "prefill": _WORKER,
+        "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
+    },
+    "kvstore data": {
+        role: frozenset({Hello, PutBlocks, GetBlocks}) for role in ("prefill", "decode")
+    },
+    "prefill": {"gateway": frozenset({Hello, Heartbeat, Prefill})},
+    "decode": {"gateway": frozenset({Hello, Heartbeat, Reserve})},
+    "gateway": {"client": _CLIENT, "admin": _ADMIN, "": _CLIENT | _ADMIN},
+}
+
+
+def violation(rights: Rights, role: str, message: msgspec.Struct) -> ForbiddenError | None:
+    """Why a role must not send this message to who grants these rights; None if it may."""
+    if type(message) in rights.get(role, ()):
+        return None
+    return ForbiddenError(f"{role} has no right to send {message.__struct_config__.tag} here")

@@ -1,0 +1,85 @@
+"""Real processes with keys: each port asks for one, and each key does what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from common.engine.mock import mock_output
+from kvbaton.ask import audit
+from kvbaton.errors import ForbiddenError
+from tests.cluster.proc import listening_ports
+from tests.cluster.processes import Cluster, running
+from tests.security.curves import keys_of, outcome, stranger, with_keys, without_keys
+from tests.security.wire_bytes import greeting
+
+ADMIN_KEY = "only the operators of this cluster know it"
+MECHANISM = slice(12, 32)  # of a greeting
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("curve")
+    key_file = folder / "admin-key"
+    key_file.touch(0o600)
+    key_file.write_text(ADMIN_KEY)
+    worker = {"engine": "mock", "mock_step_ms": 1, "mock_token_ms": 0, "mover": "zmq"}
+    with running(folder, worker=worker, gateway={"admin_key_file": key_file}) as cluster:
+        yield cluster
+
+
+def keys(cluster: Cluster) -> Path:
+    assert cluster.keys is not None
+    return cluster.keys
+
+
+def zeromq_ports(cluster: Cluster) -> dict[int, str]:
+    """Each port and the role of who listens there."""
+    return {
+        port: name.partition(".")[0]
+        for name, process in cluster.processes.items()
+        for port in listening_ports(process.pid)
+        if port != cluster.http_port
+    }
+
+
+async def mechanism(port: int) -> bytes:
+    """How one has to show there who one is."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(10):
+            writer.write(greeting(b"CURVE"))
+            return (await reader.readexactly(64))[MECHANISM].rstrip(b"\0")
+    finally:
+        writer.close()
+
+
+async def test_every_port_asks_for_a_key_and_refuses_all_but_known_ones(cluster: Cluster) -> None:
+    ports = zeromq_ports(cluster)
+    assert sorted(ports.values()) == ["decode", "gateway", "kvstore", "kvstore", "prefill"]
+    for port, role in ports.items():
+        endpoint = f"tcp://127.0.0.1:{port}"
+        known = keys_of(keys(cluster), "gateway")
+        assert await mechanism(port) == b"CURVE"
+        wrong = with_keys(stranger(known.public.roles[role]))
+        assert await outcome(endpoint, wrong) == "FAILED_AUTH"
+        assert await outcome(endpoint, without_keys) != "SUCCEEDED"
+        assert await outcome(endpoint, with_keys(known.connecting(role))) == "SUCCEEDED"
+
+
+def test_clients_generate_and_operators_ask(cluster: Cluster) -> None:
+    prompt, num_tokens = [7] * 40, 20
+    with cluster.client() as client:
+        tokens = client.generate(token_ids=prompt, max_tokens=num_tokens, temperature=0)
+        assert [token.token_id for token in tokens] == mock_output(prompt, num_tokens)
+    endpoint = f"tcp://127.0.0.1:{cluster.client_port}"
+    assert audit(endpoint, ADMIN_KEY, keys(cluster)).closes
+    with pytest.raises(ForbiddenError, match="client has no right to send audit here"):
+        audit(endpoint, ADMIN_KEY, keys(cluster) / "client.key")
+    metrics = httpx.get(f"{cluster.base_url}/metrics").text
+    assert 'kvbaton_refused_total{what="message"} 1.0' in metrics
+    assert 'kvbaton_store_messages_refused_total{store="0"} 0' in metrics
