@@ -118,7 +118,7 @@ async def run_service(service: Service) -> int:
         if service.failed.done():
             log.error("service_failed", reason=str(service.failed.result()))
             return 1
-        log.info("draining", signal=stop.result())
+        log.info("draining", signal=stop.result(), num_tasks=len(asyncio.all_tasks()))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(service.drain(), DRAIN_TIMEOUT_S)
         return 0

@@ -37,6 +37,10 @@ class ArenaError(StartError):
     """The arena cannot be made or mapped; the message says what to do."""
 
 
+class NoArenaError(ArenaError):
+    """There is none of this name: its store has ended, or is on another machine."""
+
+
 class NoRoomError(ArenaError):
     """There is too little room for the arena."""
 
@@ -135,7 +139,8 @@ class LiveDisk:
         try:
             return os.open(path, os.O_RDWR)
         except OSError as error:
-            raise ArenaError(f"cannot open the KV arena {path}: {error.strerror}") from error
+            kind = NoArenaError if isinstance(error, FileNotFoundError) else ArenaError
+            raise kind(f"cannot open the KV arena {path}: {error.strerror}") from error
 
 
 def _lock(path: str, descriptor: int) -> None:

@@ -48,7 +48,7 @@ RIGHTS: Mapping[str, Rights] = {
         "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
     },
     "kvstore data": {
-        role: frozenset({Hello, PutBlocks, GetBlocks}) for role in ("prefill", "decode")
+        role: frozenset({Hello, Heartbeat, PutBlocks, GetBlocks}) for role in ("prefill", "decode")
     },
     "prefill": {"gateway": frozenset({Hello, Heartbeat, Prefill})},
     "decode": {"gateway": frozenset({Hello, Heartbeat, Reserve})},

@@ -64,6 +64,11 @@ class Link:
         self._socket = transport.dealer(endpoint, self._on_frames, lost, role)
         self._say_hello()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a call is not answered yet."""
+        return bool(self._calls)
+
     def send(self, message: Message, bulk: Sequence[Frame] = ()) -> None:
         """Queue a message without waiting for an answer. One that cannot be queued is lost, and
         with it what the two ends know of each other: we then start anew with a hello."""

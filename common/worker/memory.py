@@ -25,7 +25,8 @@ class WorkerMemory:
         self.all = disk.reserve(self._place_bytes * num_places)
 
     def map(self, index: int, arena_path: str) -> None:
-        """Put a store's arena in its place. Raises ArenaError if it cannot be mapped."""
+        """Put a store's arena in its place. Raises NoArenaError if there is none, ArenaError if
+        it cannot be mapped."""
         self._disk.map_into(self.all, index * self._place_bytes, arena_path, self._place_bytes)
 
     def place(self, index: int) -> memoryview:

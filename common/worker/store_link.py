@@ -160,6 +160,17 @@ class StoreLink:
                 await self.link.call(beat, timeout_s=interval_s * HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
+            if self._data is not None and self._data.is_waiting:
+                self._tasks.spawn(self._beat_data(self._data), "data-heartbeat")
+
+    async def _beat_data(self, data: Link) -> None:
+        """Notices blocks that were lost on their way: what waits for them is tried again."""
+        try:
+            await data.call(Heartbeat(), timeout_s=self.welcome.heartbeat_s * HEARTBEATS_MISSED)
+        except ConnectionLostError:
+            data.reset()
+        except KvbatonError as error:
+            self._data_refused(error)
 
     # ---- blocks -------------------------------------------------------------------------------
 

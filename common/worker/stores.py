@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from common.config import StartError
 from common.engine.work import Engine
-from common.messages import Load, Member, Message
+from common.kv.arena import NoArenaError
+from common.messages import Heartbeat, Load, Member, Message
 from common.service import Seams, Tasks
 from common.worker.memory import WorkerMemory
 from common.worker.store_link import StoreLink
@@ -43,6 +45,7 @@ class Stores:
         self._mover = mover
         self._lost = lost
         self._failed = failed
+        self._load: Callable[[], Load] = Load
         self._memory: WorkerMemory | None = None
 
     def join(
@@ -54,6 +57,7 @@ class Stores:
         handle: Callable[[StoreLink, Message], None],
     ) -> None:
         """Say hello to every store."""
+        self._load = load
         self.links = [
             StoreLink(
                 index,
@@ -121,10 +125,23 @@ class Stores:
                 )
             shared = self._is_shared(store)
             if shared:
-                self._memory.map(store.index, store.welcome.arena_path)
+                try:
+                    self._memory.map(store.index, store.welcome.arena_path)
+                except NoArenaError as error:
+                    self._tasks.spawn(self._confirm(store, error), "arena")
+                    continue
             first_slot = self._memory.first_slot(store.index)
             store.ready(place, first_slot, block_bytes, shared=shared)
         self.attached.set()
+
+    async def _confirm(self, store: StoreLink, error: NoArenaError) -> None:
+        """A store that has ended since its welcome has taken its arena with it, and another will
+        welcome us. One that still answers has an arena that we shall never see."""
+        welcome = store.welcome
+        with contextlib.suppress(KvbatonError):
+            await store.link.call(Heartbeat(load=self._load()))
+            if store.welcome is welcome:
+                self._failed(error)
 
     def _is_shared(self, store: StoreLink) -> bool:
         if self._mover == "auto":

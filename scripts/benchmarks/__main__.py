@@ -17,6 +17,7 @@ CASES = {
     "eviction": "which cached blocks to keep: hit rates of a trace, alone and amid a flood",
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",
+    "overload": "goodput at more load than can be served, beside its peak",
     "store": "handoffs, lookups and bytes a second of a KV store on one core",
 }
 

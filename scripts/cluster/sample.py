@@ -98,6 +98,8 @@ def show_hints(plan: Plan, screen: Screen) -> None:
         screen.line(f"{name:<12}{screen.styled(address, BOLD)}")
     screen.line()
     screen.line(f"curl -N {plan.http_url}/v1/completions -H 'Content-Type: application/json' \\")
+    if plan.environ.get("KVBATON_API_KEYS"):
+        screen.line("  -H 'Authorization: Bearer YOUR-API-KEY' \\")
     screen.line(f"  -d '{body}'")
     screen.line()
     screen.line("from kvbaton import Client")

@@ -17,7 +17,7 @@ from common.seams import Clock
 from kvbaton import protocol
 from kvbaton.admin import StoreAudit, StoreHistory
 from kvbaton.errors import ForbiddenError, InvalidRequestError, KvbatonError
-from services.gateway.fleet import Store
+from services.gateway.peers import Store
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from common.messages import (
     Reserve,
 )
 from kvbaton.errors import KvbatonError
-from services.gateway.fleet import Store, Worker
+from services.gateway.peers import Store, Worker
 from services.gateway.stream import RequestStream
 
 R = TypeVar("R", Reserve, Prefill)

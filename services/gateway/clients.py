@@ -3,7 +3,7 @@
 The life of a connection: hello, welcome, any number of requests at once. ZeroMQ never says that a
 peer has gone, so a client is forgotten when it cannot be sent to or was silent for too long; what
 it had in flight is then cancelled, and its next message is answered by "hello_required". A client
-that does not read cannot be sent to once its queue is full, or when the transport has hung up on it.
+that does not read cannot be sent to once its queue is full or the transport has hung up on it.
 """
 
 from __future__ import annotations

@@ -35,15 +35,15 @@ from kvbaton.errors import (
 from services.gateway.admission import Admission
 from services.gateway.attempt import Attempt, Place
 from services.gateway.backend import GenerationRequest
-from services.gateway.fleet import Fleet, FleetEvents, Store, Worker
+from services.gateway.fleet import Fleet, FleetEvents
+from services.gateway.peers import Store, Worker
 from services.gateway.placer import Placer
 from services.gateway.stream import RequestStream
 
 log = structlog.get_logger()
 
 _MAX_FRUITLESS = 8  # attempts in a row that brought no token
-_RETRY_PAUSE_S = 0.1  # longer after each of them but the first: a cluster in trouble needs a moment
-_MOST_PAUSE_S = 0.5
+_PAUSES_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0)  # between those: trouble needs a moment
 _GRACE_S = 5.0  # new requests wait as well while what is missing may be restarting
 _RETRYABLE = (UnavailableError, ConnectionLostError, StaleError, OverloadedError)
 
@@ -127,19 +127,7 @@ class Dispatcher:
         return stream
 
     def stats(self) -> dict[str, float]:
-        stats: dict[str, float] = {"requests_running": self._admission.num_requests}
-        for role in ("prefill", "decode"):
-            workers = [w for w in self.fleet.workers.values() if w.member.role == role]
-            stats[f"{role}_workers"] = len(workers)
-            stats[f"{role}_sequences_running"] = sum(w.load.num_running for w in workers)
-            stats[f"{role}_sequences_waiting"] = sum(w.load.num_waiting for w in workers)
-            stats[f"{role}_tokens_queued"] = sum(w.load.num_tokens_queued for w in workers)
-        for store in self.fleet.stores:
-            for state, count in store.blocks.items():
-                stats[f"kv_blocks_{state}"] = stats.get(f"kv_blocks_{state}", 0) + count
-        stats["handoffs"] = sum(store.num_handoffs for store in self.fleet.stores)
-        stats["handoffs_waiting"] = sum(store.num_waiting for store in self.fleet.stores)
-        return stats
+        return {"requests_running": self._admission.num_requests} | self.fleet.stats()
 
     def _served(self, stream: RequestStream) -> None:
         self._admission.end(stream, self._clock.now())
@@ -195,7 +183,7 @@ class Dispatcher:
                 num_fruitless += 1
                 if num_fruitless >= _MAX_FRUITLESS:
                     return _given_up(error)
-                await asyncio.sleep(min(_RETRY_PAUSE_S * (num_fruitless - 1), _MOST_PAUSE_S))
+                await asyncio.sleep(_PAUSES_S[num_fruitless - 1])
         except UnavailableError as unavailable:
             return unavailable
         finally:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
-from common.incarnations import FormerIds
 from common.messages import (
     INTERNAL_VERSION,
     Aborted,
@@ -20,7 +19,6 @@ from common.messages import (
     Heartbeat,
     Hello,
     Leave,
-    Load,
     Member,
     Members,
     Message,
@@ -32,64 +30,12 @@ from common.net.link import Link
 from common.net.transport import TransportError
 from common.service import Seams, Tasks
 from kvbaton.errors import ConnectionLostError, KvbatonError
-from services.gateway.placement import Candidate
+from services.gateway.peers import Store, Worker
 
 log = structlog.get_logger()
 
 _HEARTBEATS_MISSED = 3
 _WORKER_BEAT_S = 2.0
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A prefill or decode worker. It is another member of each store: `member_ids` by store."""
-
-    member: Member
-    link: Link
-    member_ids: dict[int, str] = field(default_factory=dict)
-    load: Load = Load()
-    num_assigned: int = 0  # sequences that this gateway has there
-    num_tokens_assigned: int = 0  # prompt tokens it still has to compute for this gateway
-    num_placed: int = 0
-    is_known: bool = False  # to the worker: it has welcomed us
-    is_lost: bool = False  # the connection ended, and has not come back yet
-
-    def candidate(self) -> Placeable:
-        """The worker for placement."""
-        load = self.load
-        return Placeable(
-            name=self.member.name,
-            num_sequences=max(self.num_assigned, load.num_running + load.num_waiting),
-            num_tokens_queued=max(self.num_tokens_assigned, load.num_tokens_queued),
-            tokens_per_s=load.tokens_per_s,
-            max_num_seqs=self.member.max_num_seqs,
-            num_placed=self.num_placed,
-            worker=self,
-        )
-
-
-@dataclass(slots=True)
-class Placeable(Candidate):
-    """A candidate that knows its worker."""
-
-    worker: Worker
-
-
-@dataclass(slots=True, eq=False)
-class Store:
-    """A KV store. Up from its welcome until it stops answering."""
-
-    index: int
-    link: Link = field(init=False)
-    welcome: Welcome = Welcome(instance_id="")
-    is_up: bool = False
-    member_id: str = ""
-    former_ids: FormerIds = field(default_factory=FormerIds)
-    blocks: dict[str, int] = field(default_factory=dict)
-    counters: dict[str, float] = field(default_factory=dict)
-    handoffs: dict[str, int] = field(default_factory=dict)
-    num_handoffs: int = 0
-    num_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +77,22 @@ class Fleet:
             and not worker.load.is_draining
             and not worker.is_lost
         ]
+
+    def stats(self) -> dict[str, float]:
+        """Sums over all workers and stores."""
+        stats: dict[str, float] = {}
+        for role in ("prefill", "decode"):
+            workers = [worker for worker in self.workers.values() if worker.member.role == role]
+            stats[f"{role}_workers"] = len(workers)
+            stats[f"{role}_sequences_running"] = sum(w.load.num_running for w in workers)
+            stats[f"{role}_sequences_waiting"] = sum(w.load.num_waiting for w in workers)
+            stats[f"{role}_tokens_queued"] = sum(w.load.num_tokens_queued for w in workers)
+        for store in self.stores:
+            for state, count in store.blocks.items():
+                stats[f"kv_blocks_{state}"] = stats.get(f"kv_blocks_{state}", 0) + count
+        stats["handoffs"] = sum(store.num_handoffs for store in self.stores)
+        stats["handoffs_waiting"] = sum(store.num_waiting for store in self.stores)
+        return stats
 
     def close(self) -> None:
         for store in self.stores:

@@ -9,7 +9,8 @@ import math
 from common.seams import Clock
 from kvbaton.errors import UnavailableError
 from services.gateway.attempt import Place
-from services.gateway.fleet import Fleet, Placeable, Store, Worker
+from services.gateway.fleet import Fleet
+from services.gateway.peers import Placeable, Store, Worker
 from services.gateway.placement import (
     choose_colocated,
     choose_decode,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from services.gateway.fleet import Store
+from services.gateway.peers import Store
 
 
 def store_metrics(stores: Sequence[Store]) -> bytes:

@@ -25,7 +25,7 @@ from common.net.server import failed
 from common.seams import Clock
 from common.service import Tasks
 from kvbaton.admin import StoreAudit, StoreHistory
-from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from kvbaton.errors import KvbatonError, OverloadedError
 from services.kvstore.audit import View, check_books, compare, view_of
 from services.kvstore.audit_rows import (
     standing_of_block,
@@ -90,8 +90,6 @@ class Admin:
         if isinstance(message, Holdings):
             self._on_holdings(sender, message)
             return None
-        if sender.role != "gateway":
-            raise ProtocolError(f"a worker must not send {type(message).__name__}")
         if isinstance(message, AskWhy):
             return Told(history=self._history(message))
         if len(self._audits) >= _MAX_AUDITS:

@@ -13,6 +13,7 @@ from common.messages import (
     BlockBytes,
     CorruptError,
     GetBlocks,
+    Heartbeat,
     Hello,
     Member,
     Message,
@@ -87,6 +88,8 @@ class DataServer:
     def _handle(self, peer: bytes, message: Message, bulk: Sequence[memoryview]) -> Message | None:
         member = self._server.peers[peer]
         self._check_member(member)
+        if isinstance(message, Heartbeat):
+            return Ok()
         if isinstance(message, PutBlocks):
             return self._put(member.member_id, message, bulk)
         if isinstance(message, GetBlocks):

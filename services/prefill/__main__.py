@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import uvloop
-
 from common.worker.main import worker_main
 from services.prefill.worker import PrefillRole
 
 if __name__ == "__main__":
-    raise SystemExit(uvloop.run(worker_main("prefill", PrefillRole)))
+    worker_main("prefill", PrefillRole)

@@ -166,9 +166,10 @@ def running(
     store: dict[str, Any] | None = None,
     worker: dict[str, Any] | None = None,
     gateway: dict[str, Any] | None = None,
+    secure: bool = True,
 ) -> Iterator[Cluster]:
     """A cluster that is ready, with these many processes."""
-    with Cluster(folder, num_stores) as cluster:
+    with Cluster(folder, num_stores, secure=secure) as cluster:
         for number in range(1, num_stores + 1):
             cluster.start("kvstore", number, **({"kv_bytes": "64M"} | (store or {})))
         for number in range(1, num_prefill + 1):

@@ -25,7 +25,7 @@ from kvbaton.protocol import (
 )
 from services.gateway.admin import Admin
 from services.gateway.clients import ClientFace
-from services.gateway.fleet import Store
+from services.gateway.peers import Store
 from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model
 
 FREE_PORT = "tcp://127.0.0.1:*"

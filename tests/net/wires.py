@@ -64,7 +64,11 @@ class Wires:
         self._router, self._dealer = RouterEnd(), DealerEnd()
 
     def router(
-        self, _endpoint: str, handler: RouterHandler, _max_frame_bytes: int = 0
+        self,
+        _endpoint: str,
+        handler: RouterHandler,
+        _max_frame_bytes: int = 0,
+        _slow_reader_s: float | None = None,
     ) -> RouterEnd:
         self._to_router = handler
         return self._router

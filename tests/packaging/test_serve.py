@@ -172,6 +172,31 @@ def test_a_killed_service_comes_back(cluster: Cluster, start: Start) -> None:
     assert serve.returncode == 0
 
 
+def test_streams_outlive_every_service_that_is_killed(cluster: Cluster, start: Start) -> None:
+    """With one process of each role: the keeper brings back what a stream waits for."""
+    serve = start("-m", "scripts.cluster.serve", "--no-sample")
+    text = read_until(out(serve), "Ctrl-C stops everything.")
+    (keys,) = re.findall(r'Client\("tcp://.*", keys="(.*)"\)', text)
+    with Client(address(text, "msgpack"), keys=keys) as client:
+
+        def tokens(prompt: str, kill: int = 0) -> list[int]:
+            found = []
+            for token in client.generate(prompt, max_tokens=150, temperature=0, ignore_eos=True):
+                found.append(token.token_id)
+                if len(found) == 20 and kill:
+                    os.kill(kill, signal.SIGKILL)
+            return found
+
+        expected = {prompt: tokens(prompt) for prompt in ("one prompt", "another")}
+        for role in ("prefill", "decode", "kvstore", "gateway"):
+            before = cluster.service(role)
+            assert tokens("one prompt", kill=before) == expected["one prompt"]
+            assert tokens("another") == expected["another"]  # it may not be back yet
+            assert cluster.service(role) != before
+    serve.terminate()
+    assert serve.wait() == 0
+
+
 def test_wrong_settings_end_the_start_with_the_reason(cluster: Cluster, start: Start) -> None:
     serve = start("-m", "scripts.cluster.serve", "--kv-bytes", "much")
     text, _ = serve.communicate()

@@ -12,6 +12,7 @@ import zmq
 from common.net.access import Access, Keys
 from kvbaton.sockets import Curve, EventSocket
 
+ADMIN_KEY = "only the operators of this cluster know it"
 PATIENCE_S = 10.0
 SAID = b"let me in"
 _OUTCOMES = (

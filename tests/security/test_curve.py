@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 import zmq
 from zmq.utils import z85
 
@@ -171,7 +172,15 @@ async def test_the_proof_holds_where_wrong_keys_are_refused(folder: Path) -> Non
         await transport.prove()  # there is nothing to prove
 
 
-@pytest.mark.usefixtures("lets_all_in")
+@pytest.fixture
+def logging_of_a_process() -> Iterator[None]:
+    """A process sets up its logging for itself; the tests after this one have their own."""
+    former = structlog.get_config()
+    yield
+    structlog.configure(**former)
+
+
+@pytest.mark.usefixtures("lets_all_in", "logging_of_a_process")
 async def test_a_process_that_lets_a_wrong_key_in_does_not_start(folder: Path) -> None:
     refused = pytest.raises(StartError, match="a wrong key was not refused: HANDSHAKE_SUCCEEDED")
     with closing(ZmqTransport(keys_of(folder, "decode"))) as transport, refused:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,23 +12,11 @@ from common.engine.mock import mock_output
 from kvbaton.ask import audit
 from kvbaton.errors import ForbiddenError
 from tests.cluster.proc import listening_ports
-from tests.cluster.processes import Cluster, running
-from tests.security.curves import keys_of, outcome, stranger, with_keys, without_keys
+from tests.cluster.processes import Cluster
+from tests.security.curves import ADMIN_KEY, keys_of, outcome, stranger, with_keys, without_keys
 from tests.security.wire_bytes import greeting
 
-ADMIN_KEY = "only the operators of this cluster know it"
 MECHANISM = slice(12, 32)  # of a greeting
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("curve")
-    key_file = folder / "admin-key"
-    key_file.touch(0o600)
-    key_file.write_text(ADMIN_KEY)
-    worker = {"engine": "mock", "mock_step_ms": 1, "mock_token_ms": 0, "mover": "zmq"}
-    with running(folder, worker=worker, gateway={"admin_key_file": key_file}) as cluster:
-        yield cluster
 
 
 def keys(cluster: Cluster) -> Path:

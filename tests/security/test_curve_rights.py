@@ -48,7 +48,10 @@ EXPECTED = {
         "decode": f"{_MEMBER} fill commit seal quit discard holdings claim release suspend yield"
         " lease give_back",
     },
-    "kvstore data": {"prefill": "hello put get", "decode": "hello put get"},
+    "kvstore data": {
+        "prefill": "hello heartbeat put get",
+        "decode": "hello heartbeat put get",
+    },
     "prefill": {"gateway": "hello heartbeat prefill"},
     "decode": {"gateway": "hello heartbeat reserve"},
     "gateway": {"client": _CLIENT, "admin": _ADMIN, "": f"{_CLIENT} {_ADMIN}"},

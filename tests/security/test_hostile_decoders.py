@@ -45,7 +45,7 @@ def test_a_decoder_gives_a_message_or_refuses(union: str) -> None:
     assert NUM_DECODED // 10 < sum(outcomes) < NUM_DECODED // 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(UNIONS)), st.randoms(use_true_random=False), st.binary(max_size=30))
 def test_what_hypothesis_finds_is_a_message_or_refused(
     union: str, rng: Random, more: bytes

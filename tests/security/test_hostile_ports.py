@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -15,26 +16,24 @@ import pytest
 from common.engine.mock import mock_output
 from tests.cluster.proc import listening_ports, num_fds, rss_bytes
 from tests.cluster.processes import Cluster, running
+from tests.security.conftest import WORKER
 from tests.security.insiders import ROLES, curve_of, insider_messages, say
-from tests.security.wire_bytes import greeting, half_handshakes, http, send, session
+from tests.security.wire_bytes import bad_frames, greeting, half_handshakes, http, messages, send
 
 PROMPT, NUM_TOKENS = [7] * 40, 60
-NUM_SESSIONS, NUM_HTTP, NUM_FLOOD, NUM_HELD = 60, 150, 150, 40
-NUM_BY_INSIDERS = 400  # with each key, at each port that takes it
+NUM_SESSIONS, NUM_HTTP, NUM_FLOOD, NUM_HELD = 40, 150, 150, 40
+NUM_BY_INSIDERS = 250  # with each key, at each port that takes it
 AT_ONCE = 16
 SETTLE_S = 20.0
 MAX_GROWTH = 1.5  # of a process's memory
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    worker = {"engine": "mock", "mock_step_ms": 1, "mock_token_ms": 0}
-    with running(tmp_path_factory.mktemp("ports"), worker=worker) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def ports(cluster: Cluster) -> dict[str, int]:
+    return zmq_ports(cluster)
+
+
+def zmq_ports(cluster: Cluster) -> dict[str, int]:
     """Every ZeroMQ port, by the union that is spoken there and the process."""
     found = {"client gateway.1": cluster.client_port}
     for name in ("kvstore.1", "prefill.1", "decode.1"):
@@ -112,13 +111,13 @@ def is_fine(line: str) -> bool:
         return False
 
 
-async def send_all(inputs: list[tuple[int, bytes]]) -> None:
+async def send_all(inputs: list[tuple[int, bytes]], *, greets: bool = False) -> None:
     """A few at a time."""
     waiting = iter(inputs)
 
     async def some() -> None:
         for port, raw in waiting:
-            await send(port, raw)
+            await send(port, raw, greets=greets)
 
     await asyncio.gather(*(some() for _ in range(AT_ONCE)))
 
@@ -130,15 +129,20 @@ def test_half_handshakes_end_and_harm_nobody(cluster: Cluster, ports: dict[str, 
     assert len(inputs) > 500
 
 
-def test_hostile_sessions_harm_nobody(cluster: Cluster, ports: dict[str, int]) -> None:
+def test_hostile_frames_harm_nobody(tmp_path: Path) -> None:
+    """After a handshake that is in order, so without keys: with them strangers get no further."""
     rng = Random(1)
-    inputs = [
-        (port, session(rng, name.partition(" ")[0]))
-        for name, port in ports.items()
-        for _ in range(NUM_SESSIONS)
-    ]
-    with unharmed(cluster):
-        asyncio.run(send_all(inputs))
+    with running(tmp_path, worker=WORKER, secure=False) as cluster:
+        inputs = [
+            (port, raw)
+            for name, port in zmq_ports(cluster).items()
+            for raw in [
+                *bad_frames(),
+                *(messages(rng, name.partition(" ")[0]) for _ in range(NUM_SESSIONS)),
+            ]
+        ]
+        with unharmed(cluster):
+            asyncio.run(send_all(inputs, greets=True))
 
 
 def test_who_has_a_key_and_abuses_it_harms_nobody(cluster: Cluster, ports: dict[str, int]) -> None:

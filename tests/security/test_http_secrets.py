@@ -48,7 +48,7 @@ REQUESTS: list[tuple[dict[str, Any], int]] = [
 @pytest.fixture
 def logs() -> Iterator[io.StringIO]:
     """All that would be written to stderr."""
-    written = io.StringIO()
+    former, written = structlog.get_config(), io.StringIO()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -58,7 +58,7 @@ def logs() -> Iterator[io.StringIO]:
         logger_factory=structlog.PrintLoggerFactory(written),
     )
     yield written
-    structlog.reset_defaults()
+    structlog.configure(**former)
 
 
 def script(request: GenerationRequest) -> Script:

@@ -47,23 +47,35 @@ def half_handshakes() -> Iterator[bytes]:
     for version in (b"\x00\x00", b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x7f\xff", b"\xff\xff"):
         yield greeting(version=version) + ready()
     for socket_type in (b"", b"PUB", b"ROUTER", b"X" * 300):
-        yield greeting() + ready(socket_type) + frame(b"x")
+        yield greeting() + ready(socket_type)
+    yield greeting() + ready() + frame(b"x")  # before the other end is ready
     yield greeting() + frame(b"\x05READY\x0bSocket-Type\xff\xff\xff\xffDEALER", _COMMAND)
     yield greeting() + frame(b"\x05ERROR\x03bad", _COMMAND)
     yield greeting() + frame(b"\x05HELLO" + bytes(194), _COMMAND)
     yield greeting() + bytes([_COMMAND | _LONG]) + b"\xff" * 8
-    yield greeting() + ready() + bytes([_LONG]) + b"\x7f" + b"\xff" * 7
-    yield greeting() + ready() + frame(b"x", _MORE)
-    yield greeting() + ready() + frame(b"", _MORE) * 5000 + frame(b"")
-    yield greeting() + ready() + frame(b"\x04PING\x00\x01" + b"x" * 16, _COMMAND)
-    yield greeting() + ready() + frame(b"\x09SUBSCRIBE" + b"x", _COMMAND)
     yield b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500)  # TLS
     yield b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-def session(rng: Random, union: str) -> bytes:
-    """A whole handshake, and messages that no honest peer sends; at times with bytes changed."""
-    raw = greeting() + ready()
+def bad_frames() -> Iterator[bytes]:
+    """What breaks the rules once the handshake is over."""
+    yield bytes([_LONG]) + b"\x7f" + b"\xff" * 7
+    yield bytes([_LONG]) + b"\xff" * 8
+    yield b"\xff" * 9
+    yield frame(b"x", _MORE)
+    yield frame(b"", _MORE) * 5000 + frame(b"")
+    yield frame(b"\x04PING\x00\x01" + b"x" * 16, _COMMAND)
+    yield frame(b"\x04PING", _COMMAND)
+    yield frame(b"\x04PONG" + b"x" * 300, _COMMAND)
+    yield frame(b"\x09SUBSCRIBE" + b"x", _COMMAND)
+    yield frame(b"\xffx", _COMMAND)
+    yield frame(b"", _COMMAND)
+    yield ready()
+
+
+def messages(rng: Random, union: str) -> bytes:
+    """Messages that no honest peer sends; at times with bytes of their framing changed."""
+    raw = b""
     for _ in range(rng.randrange(1, 6)):
         raw += frame(hostile(rng, union), rng.choice([0, 0, 0, _MORE]))
     return with_other_bytes(rng, raw) if rng.random() < 0.3 else raw
@@ -78,13 +90,17 @@ def http(rng: Random) -> bytes:
     return (with_other_bytes(rng, head) if rng.random() < 0.5 else head) + body
 
 
-async def send(port: int, raw: bytes) -> None:
-    """Connect, send, say that no more will come, and read until the other end hangs up.
+async def send(port: int, raw: bytes, *, greets: bool = False) -> None:
+    """Connect, send, say that no more will come, and read until the other end hangs up. With
+    `greets`, after a handshake that is in order.
 
     Raises TimeoutError if it does not."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            if greets:
+                writer.write(greeting() + ready())
+                await reader.readuntil(b"READY")
             writer.write(raw)
             writer.write_eof()
             while await reader.read(65536):

@@ -16,6 +16,7 @@ from kvbaton.protocol import (
     Done,
     Generate,
     Resume,
+    Timings,
     Token,
     Tokens,
     Usage,
@@ -24,7 +25,8 @@ from kvbaton.protocol import (
 from kvbaton.resume import RESUME_S, ResumableRequest
 from kvbaton.session import Event
 from services.gateway.backend import GenerationRequest
-from tests.sim.cluster import SimCluster, SimGateway
+from tests.sim.cluster import SimCluster
+from tests.sim.gateway import SimGateway
 from tests.sim.loop import virtual_loop
 
 PING_S = 1.0
@@ -63,21 +65,25 @@ class Call:
 
     async def run(self) -> None:
         """Until it is over. Whoever cancels this gives the request up."""
-        pause_s = 0.0
         while not self._request.is_over:
-            now = virtual_loop().time()
             gateway = self._choose()
             if gateway is not None:
                 await self._ask(gateway)
-                # At once the first time, then later each time, as gateways.py does.
-                num_failures = self._request.num_failures
-                pause_s = min(0.05 * 2.0 ** (num_failures - 2), 1.0) if num_failures > 1 else 0.0
-            elif self._request.lost_at is None:
-                self._request.lost(now)
-            elif now >= self._request.give_up_at(RESUME_S):
-                self._request.give_up(now, "no gateway")
             if not self._request.is_over:
-                await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1) or _LOOK_S)
+                self._be_patient()
+                await asyncio.sleep(self._pause_s() if gateway is not None else _LOOK_S)
+
+    def _be_patient(self) -> None:
+        now = virtual_loop().time()
+        self._request.lost(now)
+        if now >= self._request.give_up_at(RESUME_S):
+            self._request.give_up(now, "no gateway")
+
+    def _pause_s(self) -> float:
+        """It goes on at once the first time, then later each time, as in gateways.py."""
+        num_before = self._request.num_failures - 2
+        most_s: float = min(0.05 * 2 ** min(num_before, 10), 1.0) if num_before >= 0 else 0.0
+        return most_s * self._rng.uniform(0.5, 1)
 
     def ping(self) -> None:
         """A gateway that answers no second one is lost."""
@@ -117,7 +123,6 @@ class Call:
             resumed=tuple(begun.tokens),
         )
         stream = self._cluster.give(gateway, request)
-        self.was_admitted = True
         try:
             async with asyncio.timeout(None) as self._limit:
                 self._hear(Accepted(id=message.id, request_id=begun.request_id, seed=begun.seed))
@@ -131,8 +136,17 @@ class Call:
                     self._hear(Tokens(id=message.id, tokens=[token], finish_reason=reason))
                     if reason is not None:
                         break
-                self._hear(Done(id=message.id, finish_reason=reason or "", usage=_NO_USAGE))
+                self._hear(
+                    Done(
+                        id=message.id,
+                        finish_reason=reason or "",
+                        usage=_NO_USAGE,
+                        timings=Timings(),
+                    )
+                )
         finally:
+            # Until it has a place it may be refused, as one that comes when nobody is there.
+            self.was_admitted |= stream.timeline.num_attempts > 0
             # A gateway that is stopped learns of it when it goes on.
             context = self._cluster.world.context(gateway.seams.pid)
             virtual_loop().call_soon(stream.cancel, context=context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from common.engine.mock import MockEngine
@@ -22,7 +23,7 @@ from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
 from services.kvstore.service import KvStore
 from services.prefill.worker import PrefillRole
-from tests.sim.gateway import STORES, Shape, SimGateway
+from tests.sim.gateway import SimGateway
 from tests.sim.loop import VirtualLoop, virtual_loop
 from tests.sim.network import Pipe, SimNetwork, decoded, type_of
 from tests.sim.world import World
@@ -30,6 +31,7 @@ from tests.sim.world import World
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
+STORES = ("sim://store-0", "sim://store-1")
 DATA = ("sim://data-0", "sim://data-1")
 HEARTBEAT_S = 1.0
 LIMIT_S = 1000.0  # of virtual time
@@ -66,6 +68,24 @@ def listen(network: SimNetwork, kind: type[M], callback: Callable[[Pipe, M], Non
             callback(pipe, decoded(frames, kind))
 
     network.listeners.append(on_delivery)
+
+
+@dataclass
+class Shape:
+    """How many of each, and their settings."""
+
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_stores: int = 1
+    num_gateways: int = 1
+    num_blocks: int = 512
+    mover: str = "auto"
+    movers: tuple[str, ...] = ()  # of the workers, in turn, where they differ
+    hosts: tuple[str, ...] = ("host",)  # where the workers are, in turn
+    lost_after_s: float = 8.0
+    disk_bytes: int = 0  # 0: no disk tier
+    mode: str = "disaggregated"
+    worker: dict[str, Any] = field(default_factory=dict)
 
 
 Process = SimGateway | WorkerRuntime | KvStore
@@ -106,7 +126,7 @@ class SimCluster:
         for process in processes:
             await process.close()
         if error == (None, None, None):
-            assert self.failures() == []
+            assert self.failures() == [], self.failures()
             assert self.num_defects == 0
 
     def failures(self) -> list[BaseException]:
@@ -223,7 +243,9 @@ class SimCluster:
         """On another host nobody sees it end."""
         seams = self._seams("gateway", host_id)
         name = self.world.network.names[seams.pid]
-        gateway = self.world.context(seams.pid).run(SimGateway, name, seams, self.shape)
+        gateway = self.world.context(seams.pid).run(
+            SimGateway, name, seams, list(STORES[: self.shape.num_stores]), self.shape.mode
+        )
         self._pids[gateway] = seams.pid
         self.gateways.append(gateway)
         return gateway
@@ -241,8 +263,8 @@ class SimCluster:
         await process.close()
         self.world.end(pid)
 
-    async def drain(self, process: Process) -> None:
-        """As SIGTERM; returns when it has ended, or was killed meanwhile."""
+    async def drain(self, process: Process) -> bool:
+        """As SIGTERM; returns when it has ended. False if it was killed meanwhile."""
         pid = self._pids[process]
 
         async def leave() -> None:
@@ -253,12 +275,13 @@ class SimCluster:
         self._drains[pid] = asyncio.get_running_loop().create_task(leave(), context=context)
         await asyncio.wait([self._drains[pid]])
         if self._drains.pop(pid).cancelled() or not self.is_alive(process):
-            return
+            return False
         self._forget(process)
         await asyncio.get_running_loop().create_task(process.close(), context=context)
         self.world.network.kill(pid)
         self.world.disk.end(pid)
         self.world.end(pid)
+        return True
 
     def _forget(self, process: Process) -> int:
         """It serves no more. Its stores stay where they are until others take their places."""

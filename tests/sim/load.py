@@ -24,6 +24,7 @@ from kvbaton.protocol import Generate
 from kvbaton.sampling import SamplingParams
 from tests.sim.client import PING_S, Call
 from tests.sim.cluster import SimCluster
+from tests.sim.loop import virtual_loop
 from tests.sim.trace import Trace
 
 MOST_TOKENS = 180  # of a conversation, so that each fits the smallest pool
@@ -49,10 +50,13 @@ class Clients:
         *,
         must_finish: bool,
         heard: Callable[[str], None],
+        ended: Callable[[str], None],
     ) -> None:
+        """`heard(request_id)` is called with each new token, `ended(request_id)` after the last."""
         self.is_enough = False
         self.num_requests = 0
         self.num_resumed = 0
+        self.last_done_at = 0.0
         self.outcomes: Counter[str] = Counter()
         self.broken: list[str] = []
         self.calls: dict[str, Call] = {}  # in flight, by request id
@@ -62,6 +66,7 @@ class Clients:
         self._num_wanted = num_requests
         self._must_finish = must_finish
         self._heard = heard
+        self._ended = ended
         rng = random.Random(f"{seed} prefixes")
         self._prefixes = [_tokens(rng, length) for length in (16, 33, 64)]
 
@@ -100,9 +105,8 @@ class Clients:
         self.num_requests += 1
         num_tokens = rng.randrange(1, 28)
         deadline_s = rng.uniform(0.02, 2.0) if rng.random() < 0.1 else None
-        cancel_after_s = rng.choice([rng.uniform(0, 0.05), rng.uniform(0, 0.6)])
-        if rng.random() >= 0.2:
-            cancel_after_s = None
+        soon_s = rng.choice([rng.uniform(0, 0.05), rng.uniform(0, 0.6)])
+        cancel_after_s = soon_s if rng.random() < 0.2 else None
         message = Generate(
             id=self.num_requests,
             token_ids=prompt,
@@ -118,14 +122,15 @@ class Clients:
         except TimeoutError:
             self._end(call, "cancelled", f"after {len(call.tokens)} tokens")
         else:
-            await self._ended(call, num_tokens)
+            await self._done(call, num_tokens)
         finally:
             del self.calls[call.request_id]
+            self._ended(call.request_id)
             self.num_resumed += call.num_gateways > 1 and bool(call.tokens)
         self._check(call, prompt)
         return call.tokens if len(call.tokens) == num_tokens else []
 
-    async def _ended(self, call: Call, num_tokens: int) -> None:
+    async def _done(self, call: Call, num_tokens: int) -> None:
         if call.error is not None:
             self._refused(call, call.error)
             await asyncio.sleep(_PAUSE_S)
@@ -159,6 +164,7 @@ class Clients:
 
     def _end(self, call: Call, outcome: str, detail: str) -> None:
         self.outcomes[outcome] += 1
+        self.last_done_at = virtual_loop().time()
         self._trace.note(f"{call.request_id} {outcome}: {detail}")
 
 

@@ -2,6 +2,7 @@
 
 Most are incidents of other servers (docs/planted-bugs.md names them), the rest what is easily got
 wrong here. Each bug is caught by a seed of scenario.py, or by one of the scenarios of zombies.py.
+Those that survival depends on are in planted_deaths.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from services.decode.places import Places
 from services.decode.worker import DecodeRole
-from services.gateway.attempt import Attempt
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.stream import RequestStream
 from services.kvstore.blocks import BlockPool, BlockState
@@ -33,9 +33,14 @@ from services.kvstore.members import Members
 from services.kvstore.service import KvStore
 from services.kvstore.staging import Staging
 from services.prefill.worker import PrefillRole
-from tests.sim import zombies
+from tests.sim import successors, zombies
 
-Catcher = int | Callable[[], None]  # a seed, or a scenario
+
+class Live(int):
+    """A seed of liveness mode."""
+
+
+Catcher = int | Callable[[], None]  # a seed of safety mode, or `Live`, or a scenario
 
 BUGS: dict[str, tuple[Catcher, Callable[[], AbstractContextManager[None]]]] = {}
 
@@ -118,13 +123,13 @@ def what_an_aborted_handoff_reads_is_reused_at_once() -> Any:
     return replaced(Ledger, "abort", fenced)
 
 
-@bug(1)
+@bug(0)
 def releases_are_forgotten() -> Any:
     """Finished requests keep their blocks."""
     return replaced(Ledger, "release", lambda *_: None)
 
 
-@bug(1)
+@bug(4)
 def a_dead_workers_lease_is_never_free() -> Any:
     """The decode worker aborts or dies, and its blocks leak for ever."""
 
@@ -157,7 +162,7 @@ def who_waits_for_room_is_never_asked_again() -> Any:
     return replaced(Ledger, "admit", once)
 
 
-@bug(1)
+@bug(0)
 def granted_blocks_may_be_cached_ones_in_use() -> Any:
     """Pinning a cached block leaves it among those to evict."""
 
@@ -171,7 +176,7 @@ def granted_blocks_may_be_cached_ones_in_use() -> Any:
     return replaced(BlockPool, "pin", pin)
 
 
-@bug(2)
+@bug(1)
 def blocks_keep_their_stamp_when_they_are_granted_again() -> Any:
     """Silent corruption that grows with the number of requests: stale copies pass for new ones."""
     grant = BlockPool.grant
@@ -185,7 +190,7 @@ def blocks_keep_their_stamp_when_they_are_granted_again() -> Any:
     return replaced(BlockPool, "grant", same_stamp)
 
 
-@bug(2)
+@bug(0)
 def the_unfinished_block_stays_with_prefill() -> Any:
     """The last block goes with the prefill worker when it leaves after the seal."""
 
@@ -225,7 +230,7 @@ def the_reaper_stops_at_the_first_member_that_beats() -> Any:
     return replaced(Liveness, "expire", expire)
 
 
-@bug(1)
+@bug(0)
 def aborted_prompts_are_not_given_up_by_a_worker_that_never_got_them() -> Any:
     """A receiver aborted before it began is never freed."""
     send = Link.send
@@ -240,7 +245,7 @@ def aborted_prompts_are_not_given_up_by_a_worker_that_never_got_them() -> Any:
 # ---- connections --------------------------------------------------------------------------------
 
 
-@bug(8)
+@bug(18)
 def repeated_messages_are_handled_twice() -> Any:
     take = Incoming.take
 
@@ -251,7 +256,7 @@ def repeated_messages_are_handled_twice() -> Any:
     return replaced(Incoming, "take", trusting)
 
 
-@bug(33)
+@bug(5)
 def lost_messages_go_unnoticed() -> Any:
     def trusting(self: Incoming, number: int) -> Verdict:
         if number < self.expected:
@@ -262,7 +267,7 @@ def lost_messages_go_unnoticed() -> Any:
     return replaced(Incoming, "take", trusting)
 
 
-@bug(0)
+@bug(5)
 def an_answer_goes_to_whoever_waits_longest() -> Any:
     """A cancelled call's answer reaches another caller."""
     answer = Link._answer
@@ -276,7 +281,7 @@ def an_answer_goes_to_whoever_waits_longest() -> Any:
 # ---- bytes --------------------------------------------------------------------------------------
 
 
-@bug(28)
+@bug(successors.a_successor_finds_a_damaged_block)
 def digests_are_not_compared() -> Any:
     """Flipped bytes are served."""
     from common.worker import mover
@@ -309,7 +314,7 @@ def copies_count_as_held_before_they_have_come() -> Any:
     return replaced(ZmqMover, "learn", hasty)
 
 
-@bug(3)
+@bug(2)
 def blocks_that_were_written_to_disk_stay_pinned() -> Any:
     return replaced(Staging, "written", lambda *_: None)
 
@@ -317,7 +322,7 @@ def blocks_that_were_written_to_disk_stay_pinned() -> Any:
 # ---- workers ------------------------------------------------------------------------------------
 
 
-@bug(2)
+@bug(1)
 def the_store_is_told_before_the_running_step_has_ended() -> Any:
     """Blocks come back while a step still writes them."""
 
@@ -332,12 +337,12 @@ def the_store_is_told_before_the_running_step_has_ended() -> Any:
     return replaced(Endings, "_settle", settle)
 
 
-@bug(1)
+@bug(0)
 def a_finished_sequence_keeps_its_place() -> Any:
     return replaced(Places, "leave", lambda *_: None)
 
 
-@bug(1)
+@bug(6)
 def a_worker_does_not_say_that_it_has_stopped() -> Any:
     """Blocks of a former incarnation stay in quarantine."""
     return replaced(StoreLink, "stopped", lambda *_: None)
@@ -371,18 +376,13 @@ def decode_ignores_aborts() -> Any:
 # ---- gateways -----------------------------------------------------------------------------------
 
 
-@bug(8)
+@bug(0)
 def a_refused_request_keeps_its_handoff() -> Any:
-    """A rejection before admission strands what was reserved."""
-
-    def close(self: Attempt) -> None:
-        self.prefilled()
-        self.place.decode.num_assigned -= 1
-
-    return replaced(Attempt, "close", close)
+    """A rejection before admission, or a cancel, strands what was reserved."""
+    return replaced(Dispatcher, "_abandon", lambda *_: None)
 
 
-@bug(13)
+@bug(0)
 def tokens_are_delivered_as_they_come() -> Any:
     """Tokens of two attempts mix: some come twice."""
     deliver = RequestStream.deliver
@@ -394,7 +394,7 @@ def tokens_are_delivered_as_they_come() -> Any:
     return replaced(RequestStream, "deliver", as_it_comes)
 
 
-@bug(33)
+@bug(3)
 def requests_of_a_lost_worker_are_not_placed_again() -> Any:
     """Requests hang until a timeout, if there is one."""
     return replaced(Dispatcher, "_on_worker_lost", lambda *_: None)

@@ -1,6 +1,9 @@
 """One seed's run of the whole cluster: its shape, its load, its faults, and what must hold after.
 
 Everything is drawn from the seed. `run_seed` returns the report, `Report.broken` what went wrong.
+In safety mode faults may be as bad as they like, and requests may fail, with a typed error. In
+liveness mode each fault is over soon, and after the last every admitted request must be answered in
+full before long.
 """
 
 from __future__ import annotations
@@ -13,14 +16,22 @@ from dataclasses import dataclass, field
 
 from common.engine.mock import MOCK_LAYOUT, mock_output
 from kvbaton.errors import KvbatonError
-from tests.sim.cluster import Shape, SimCluster, SimGateway, output_of, simulate
-from tests.sim.faults import DISK_FAULTS, FAULTS, Chaos
+from tests.sim.chaos import Chaos, Fault
+from tests.sim.cluster import Shape, SimCluster, output_of, simulate
+from tests.sim.faults import DISK_FAULTS, LINK_FAULTS, PROCESS_FAULTS
+from tests.sim.gateway import SimGateway
 from tests.sim.load import Clients
+from tests.sim.loop import virtual_loop
+from tests.sim.recovery import Recoveries
 from tests.sim.trace import Trace
 from tests.sim.world import World
 
+MODES = ("safety", "liveness")
 NUM_REQUESTS = 30  # at least
-NUM_FAULTS = 3  # at least, that have struck
+NUM_FAULTS = 2  # at least, that have struck; most of them bring a second one
+DONE_WITHIN_S = 10.0  # after the last fault, in liveness mode
+_LONGEST_S = {"safety": 5.0, "liveness": 1.5}  # a process is down, or a connection disturbed
+_SOME = (1, 1, 2, 2, 3)
 _DISK_SHARE = 0.4  # of the seeds have a disk tier
 _PATIENCE_S = 90.0  # after the last fault everybody must be well again
 _LIMIT_S = 2000.0
@@ -31,10 +42,15 @@ class Report:
     """What a seed's run came to."""
 
     seed: int
+    mode: str
     shape: str
     num_requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     struck: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    recoveries: Recoveries = field(default_factory=Recoveries)
+    num_resumed: int = 0  # requests that went on at another gateway
+    done_after_s: float = 0.0  # the last fault
     num_deliveries: int = 0
     num_loaded: int = 0  # blocks, from the disk, by the stores that lived to the end
     events: list[str] = field(default_factory=list)
@@ -45,10 +61,12 @@ class Report:
         """All of it in one line."""
         outcomes = ", ".join(f"{count} {name}" for name, count in sorted(self.outcomes.items()))
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.struck.items()))
+        pairs = "; ".join(f"{one} then {two} ({aim})" for one, two, aim in sorted(self.pairs))
         verdict = f" BROKEN: {self.broken[0]}" if self.broken else ""
         return (
-            f"seed {self.seed}: {self.num_requests} requests ({outcomes}); "
-            f"faults struck: {faults}; trace {self.trace_hash}{verdict}"
+            f"{self.mode} seed {self.seed}: {self.num_requests} requests ({outcomes}; "
+            f"{self.num_resumed} resumed); faults struck: {faults}; pairs: {pairs or 'none'}; "
+            f"done after {self.done_after_s:.3f} s; trace {self.trace_hash}{verdict}"
         )
 
 
@@ -60,24 +78,24 @@ class Plan:
     num_clients: int
     num_requests: int
     num_faults: int
-    kinds: list[str]
+    faults: dict[str, Fault]
     loses_on_close: bool
 
 
-def draw(seed: int) -> Plan:
-    """Another cluster, load and faults for each seed."""
-    rng = random.Random(f"{seed} plan")
-    mode = rng.choice(["disaggregated", "disaggregated", "colocated"])
+def draw(seed: int, mode: str) -> Plan:
+    """Another cluster, load and faults for each seed of each mode."""
+    rng = random.Random(f"{mode} {seed} plan")
+    placing = rng.choice(["disaggregated", "disaggregated", "colocated"])
     shape = Shape(
-        num_prefill=0 if mode == "colocated" else rng.randint(1, 3),
-        num_decode=rng.randint(1, 3),
+        num_prefill=0 if placing == "colocated" else rng.choice(_SOME),
+        num_decode=rng.choice(_SOME),
         num_stores=rng.choice([1, 1, 2]),
-        num_gateways=rng.randint(1, 3),
+        num_gateways=rng.choice(_SOME),
         num_blocks=rng.choice([20, 32, 48, 256]),
         movers=tuple(rng.choice(["auto", "zmq"]) for _ in range(5)),
         hosts=tuple(rng.choice(["host", "host", "elsewhere"]) for _ in range(5)),
         lost_after_s=3.0,
-        mode=mode,
+        mode=placing,
         worker={
             "max_num_seqs": rng.choice([2, 4, 16]),
             "max_num_batched_tokens": rng.choice([32, 128]),
@@ -85,27 +103,28 @@ def draw(seed: int) -> Plan:
             "mock_token_ms": rng.choice([0.05, 0.5]),
         },
     )
-    kinds = list(FAULTS)
+    faults = PROCESS_FAULTS | LINK_FAULTS
+    if placing == "colocated":
+        faults = {kind: fault for kind, fault in faults.items() if not kind.endswith("_prefill")}
     if rng.random() < _DISK_SHARE:
         # So little memory that blocks are evicted, and come back.
         shape.num_blocks = rng.choice([20, 32, 48])
         shape.disk_bytes = rng.choice([100, 400]) * MOCK_LAYOUT.block_bytes
-        kinds += DISK_FAULTS
-    rng.shuffle(kinds)
+        faults |= DISK_FAULTS
     return Plan(
         shape=shape,
         num_clients=rng.randint(4, 12),
         num_requests=NUM_REQUESTS + rng.randrange(10),
-        num_faults=NUM_FAULTS + rng.randrange(3),
-        kinds=kinds,
+        num_faults=NUM_FAULTS + rng.randrange(2),
+        faults=faults,
         loses_on_close=rng.random() < 0.5,
     )
 
 
-def run_seed(seed: int) -> Report:
+def run_seed(seed: int, mode: str = "safety") -> Report:
     """Run one seed. Never raises for what the cluster does: see Report.broken."""
-    plan = draw(seed)
-    report = Report(seed, _describe(plan))
+    plan = draw(seed, mode)
+    report = Report(seed, mode, _describe(plan))
     gc.disable()  # a run is short, and one collection after it cheaper than those within
     try:
         simulate(_run(seed, plan, report), _LIMIT_S)
@@ -121,21 +140,41 @@ async def _run(seed: int, plan: Plan, report: Report) -> None:
     world.network.loses_on_close = plan.loses_on_close
     trace = Trace(world.network)
     async with SimCluster(world, plan.shape) as cluster:
-        clients = Clients(cluster, trace, seed, plan.num_requests)
-        chaos = Chaos(cluster, trace, random.Random(f"{seed} faults"))
+        recoveries, now = report.recoveries, virtual_loop().time
+        clients = Clients(
+            cluster,
+            trace,
+            seed,
+            plan.num_requests,
+            must_finish=report.mode == "liveness",
+            heard=lambda request_id: recoveries.heard(request_id, now()),
+            ended=recoveries.ended,
+        )
+        chaos = Chaos(
+            cluster,
+            trace,
+            random.Random(f"{seed} faults"),
+            recoveries,
+            longest_s=_LONGEST_S[report.mode],
+        )
+        healed_at = 0.0
 
         async def faults() -> None:
-            await chaos.run(plan.kinds, plan.num_faults)
-            clients.is_enough = True
+            nonlocal healed_at
+            await chaos.run(plan.faults, plan.num_faults)
+            clients.is_enough, healed_at = True, now()
+            trace.note("all faults healed")
 
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(clients.run(plan.num_clients))
                 group.create_task(faults())
+            report.done_after_s = max(0.0, clients.last_done_at - healed_at)
             report.broken += clients.broken
             if chaos.struck.total() < NUM_FAULTS:
                 report.broken.append("too few faults have struck")
-            trace.note("all faults healed")
+            if report.mode == "liveness" and report.done_after_s > DONE_WITHIN_S:
+                report.broken.append(f"requests took {report.done_after_s:.1f} s after the faults")
             await _probe(cluster, report.broken)
             await _come_to_rest(cluster, report.broken)
             for store in cluster.stores:
@@ -149,7 +188,8 @@ async def _run(seed: int, plan: Plan, report: Report) -> None:
                     report.num_loaded += loaded
         finally:
             report.num_requests, report.outcomes = clients.num_requests, clients.outcomes
-            report.struck, report.num_deliveries = chaos.struck, trace.num_deliveries
+            report.struck, report.pairs = chaos.struck, chaos.pairs
+            report.num_resumed, report.num_deliveries = clients.num_resumed, trace.num_deliveries
             report.events, report.trace_hash = trace.events, trace.hash
 
 

@@ -7,10 +7,22 @@ import asyncio
 import pytest
 
 from common.engine.mock import mock_output
-from common.messages import OpenHandoff, Reserve
+from common.messages import GetBlocks, OpenHandoff, Reserve, Welcome
 from services.decode.worker import DecodeRole
 from services.prefill.worker import PrefillRole
-from tests.sim.cluster import STORES, Shape, SimCluster, listen, output_of, simulate, until
+from tests.sim.cluster import (
+    DATA,
+    HEARTBEAT_S,
+    STORES,
+    Shape,
+    SimCluster,
+    listen,
+    output_of,
+    simulate,
+    until,
+)
+from tests.sim.disturbances import Lose
+from tests.sim.network import Pipe
 from tests.sim.stranger import STRANGER_ID, Stranger
 from tests.sim.world import World
 
@@ -59,6 +71,70 @@ def test_a_broken_connection_of_gateway_and_worker_loses_no_request(
             network.break_link(link)
             assert await output_of(stream) == mock_output([5] * 1500, 20)
             assert role is PrefillRole or network.num_lost > 0
+            await cluster.settle()
+
+    simulate(main())
+
+
+@pytest.mark.parametrize("how", ["full", "lost", "broken"])
+def test_blocks_that_never_come_are_soon_asked_for_again(how: str) -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape(mover="zmq")) as cluster:
+            network = cluster.world.network
+            (decode,) = cluster.of_role(DecodeRole)
+            link = network.dealer(decode.seams.pid, DATA[0])
+            lose = Lose(lambda pipe: pipe is link.incoming)
+            asked: list[int] = []
+
+            def on_ask(pipe: Pipe, _message: GetBlocks) -> None:
+                if pipe is link.outgoing and not asked:
+                    asked.append(1)
+                    if how == "full":
+                        link.incoming.is_full = True
+                    elif how == "lost":
+                        network.begin(lose)
+                    else:
+                        network.break_link(link)
+
+            listen(network, GetBlocks, on_ask)
+            stream = cluster.submit([5] * 100, 20)
+            await until(lambda: asked != [])
+            await asyncio.sleep(0.1)
+            link.incoming.is_full = False
+            if how == "lost":
+                network.end(lose)
+            async with asyncio.timeout(4 * HEARTBEAT_S):
+                assert await output_of(stream) == mock_output([5] * 100, 20)
+            await cluster.settle()
+
+    simulate(main())
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_worker_outlives_a_store_that_ends_when_it_has_just_welcomed_it(is_new: bool) -> None:
+    async def main() -> None:
+        async with SimCluster(World(1), Shape()) as cluster:
+            store_ends = asyncio.Event()
+
+            def on_welcome(_pipe: Pipe, message: Welcome) -> None:
+                if message.arena_path and not store_ends.is_set():
+                    cluster.world.network.kill(cluster.pid_at(STORES[0]))
+                    cluster.world.disk.remove_arena(message.arena_path)
+                    store_ends.set()
+
+            listen(cluster.world.network, Welcome, on_welcome)
+            stream = cluster.submit([5] * 100, 200)
+            await until(lambda: len(stream.tokens) > 20)
+            if is_new:
+                await cluster.add_worker("decode")
+            else:
+                await cluster.restart_store()
+            await store_ends.wait()
+            await cluster.crash_store(0, 3 * HEARTBEAT_S)
+            assert await output_of(stream) == mock_output([5] * 100, 200)
+            await asyncio.sleep(2 * HEARTBEAT_S)
+            assert all(store.welcome.arena_path for w in cluster.workers for store in w.stores)
+            assert await output_of(cluster.submit([6] * 100, 9)) == mock_output([6] * 100, 9)
             await cluster.settle()
 
     simulate(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 
-from common.kv.arena import ArenaError, LiveDisk
+from common.kv.arena import ArenaError, LiveDisk, NoArenaError
 from common.service import Seams
 from kvbaton.sockets import HIGH_WATER_MARK
 from tests.sim.files import SimDrive, SimFiles
@@ -71,7 +71,7 @@ class SimDisk(LiveDisk):
 
     def _open(self, path: str) -> int:
         if path not in self._files:
-            raise ArenaError(f"no arena {path}")
+            raise NoArenaError(f"no arena {path}")
         return os.dup(self._files[path])
 
 

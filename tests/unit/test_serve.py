@@ -10,7 +10,7 @@ import pytest
 from kvbaton.protocol import Timings, Usage
 from scripts.cluster.options import Plan, parse_plan
 from scripts.cluster.ports import ClusterError
-from scripts.cluster.sample import timeline
+from scripts.cluster.sample import show_hints, timeline
 from scripts.cluster.terminal import LogLine, Screen
 
 
@@ -195,3 +195,10 @@ def test_a_timeline_leaves_out_what_did_not_happen() -> None:
         "     2.0 ms  first token",
         "     2.0 ms  1 tokens",
     ]
+
+
+@pytest.mark.parametrize("api_keys", ["", "keys.toml"])
+def test_the_line_to_paste_has_a_place_for_an_api_key_where_one_is_needed(api_keys: str) -> None:
+    stream = io.StringIO()
+    show_hints(plan_of("--insecure", KVBATON_API_KEYS=api_keys), Screen(stream))
+    assert ("Authorization: Bearer" in stream.getvalue()) == bool(api_keys)

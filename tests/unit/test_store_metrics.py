@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.gateway.fleet import Store
+from services.gateway.peers import Store
 from services.gateway.store_metrics import store_metrics
 
 
