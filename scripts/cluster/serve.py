@@ -48,8 +48,11 @@ def _stop_on_signals() -> None:
 def serve(plan: Plan, screen: Screen) -> int:
     """Run the cluster until a signal or a failure. Returns the exit status."""
 
+    is_ending = False
+
     def on_line(line: LogLine) -> None:
-        if plan.verbose or line.is_important:
+        expected = is_ending and line.level == "warning"  # of those that see others go first
+        if plan.verbose or (line.is_important and not expected):
             screen.log(line.render(screen))
 
     honcho = Honcho(plan, on_line)
@@ -58,6 +61,7 @@ def serve(plan: Plan, screen: Screen) -> int:
     except Stopped:
         return 0
     finally:
+        is_ending = True
         _end(honcho, plan, screen)
 
 
