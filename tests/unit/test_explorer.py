@@ -76,17 +76,17 @@ def test_the_first_steps_of_three_requests_at_two_workers_of_each_role_with_two_
     visit(replace(LARGEST, most_steps=4), least_states=9_000, is_all=False)
 
 
-def test_two_requests_and_one_fault_while_few_messages_are_on_their_way() -> None:
-    bounds = replace(PAIR, num_decodes=1, most_faults=1, most_in_flight=1)
-    visit(bounds, *ACTIONS, "crash", "expire", "stopped", least_states=70_000)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("bounds", "actions", "least_states"),
     [
         (ALONE, (*ACTIONS, *FAULTS), 200_000),
+        (
+            replace(PAIR, num_decodes=1, most_faults=1, most_in_flight=1),
+            (*ACTIONS, "crash", "expire", "stopped"),
+            70_000,
+        ),
         (
             replace(PAIR, num_decodes=1, most_faults=1, most_in_flight=2),
             (*ACTIONS, *FAULTS),
