@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import structlog
@@ -164,13 +165,11 @@ class StoreLink:
                 self._tasks.spawn(self._beat_data(self._data), "data-heartbeat")
 
     async def _beat_data(self, data: Link) -> None:
-        """Notices blocks that were lost on their way: what waits for them is tried again."""
-        try:
+        """Its number, or that of its answer, shows what was lost before: then the link begins anew,
+        and what waits is tried again. One that is not answered shows nothing: the store may only
+        be slow to read, and to send again what it has not read would take more of its room."""
+        with contextlib.suppress(KvbatonError):
             await data.call(Heartbeat(), timeout_s=self.welcome.heartbeat_s * HEARTBEATS_MISSED)
-        except ConnectionLostError:
-            data.reset()
-        except KvbatonError as error:
-            self._data_refused(error)
 
     # ---- blocks -------------------------------------------------------------------------------
 

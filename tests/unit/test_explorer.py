@@ -153,6 +153,7 @@ def test_a_planted_defect_is_shown_with_the_shortest_way_there(
     assert len(way) < 15
 
 
+@pytest.mark.long
 def test_a_block_that_is_read_after_it_was_free_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     never_asks_the_gateway(monkeypatch)
     with pytest.raises(ViolationError, match="read after free"):

@@ -141,6 +141,8 @@ def explore(
     return len(seen), stood, not paths
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_one_request_keeps_the_books_in_every_state_it_can_reach() -> None:
     num_states, stood, is_all = explore(num_requests=1, num_attempts=1, most_steps=20)
     assert is_all

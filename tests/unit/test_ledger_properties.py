@@ -279,13 +279,13 @@ class WireMachine(LedgerMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=250,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     report_multiple_bugs=False,
 )
-WireMachine.TestCase.settings = settings(LedgerMachine.TestCase.settings, max_examples=150)
+WireMachine.TestCase.settings = settings(LedgerMachine.TestCase.settings, max_examples=100)
 # Only a failure takes long: it is reduced to the shortest history that shows it.
 TestAnyMessagesInAnyOrder = pytest.mark.timeout(400)(LedgerMachine.TestCase)
 TestMessagesLostAndLateAndAgain = pytest.mark.timeout(400)(WireMachine.TestCase)
