@@ -9,6 +9,7 @@ import pytest
 from tests.sim import planted_deaths  # noqa: F401 - it adds to the bugs
 from tests.sim.planted import BUGS, Catcher, Live
 from tests.sim.scenario import run_seed
+from tests.sim.test_seeds import NUM_SEEDS
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -34,7 +35,8 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     catcher, planted = BUGS[name]
     with planted():
         assert is_caught(catcher)
-    assert not is_caught(catcher)
+    if not isinstance(catcher, int) or catcher >= NUM_SEEDS:  # those test_seeds.py runs as they are
+        assert not is_caught(catcher)
 
 
 def test_the_document_lists_every_bug_with_who_catches_it() -> None:
