@@ -15,8 +15,8 @@ BUDGETS_S = {
     "unit": 240,
     "wire": 30,
     "net": 60,
-    "sim": 400,
-    "cluster": 420,
+    "sim": 480,
+    "cluster": 480,
     "security": 100,
     "packaging": 120,
 }

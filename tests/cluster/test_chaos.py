@@ -10,7 +10,7 @@ from tests.cluster.chaos import kinds_of, session, table
 from tests.cluster.chaos_faults import COUNTS, KINDS
 
 NUM_SEEDS = 10
-SECONDS = 3.0  # of load, for each seed
+SECONDS = 2.0  # of load, for each seed
 
 
 @pytest.mark.timeout(240)
@@ -30,7 +30,7 @@ async def test_every_process_is_replaced_in_turn_under_load(tmp_path: Path) -> N
     """An upgrade without a maintenance window: not one error, and the same answers."""
     names = [f"{role}.{number + 1}" for role, count in COUNTS.items() for number in range(count)]
     async with session(tmp_path) as chaos:
-        report = await chaos.replace_all(names, pause_s=0.5)
+        report = await chaos.replace_all(names, pause_s=0.2)
     assert report.broken == []
     assert [strike.name for strike in report.strikes] == names
     assert report.num_requests > 50
