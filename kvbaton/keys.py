@@ -51,15 +51,17 @@ def key_file_name(role: str) -> str:
     return f"{role}.key"
 
 
-def read_key_file(path: Path, kind: type[T], forbidden: int = OTHERS) -> T:
-    """The content of a key file whose mode has none of the bits `forbidden`. Raises KeyFileError.
+def read_with_mode(path: Path, most_bytes: int) -> tuple[int, bytes]:
+    """The mode and the first bytes of one open file: it cannot be another one in between. Raises
+    OSError."""
+    with path.open("rb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read(most_bytes)
 
-    Mode and content are of one open file: it cannot be another one in between.
-    """
+
+def read_key_file(path: Path, kind: type[T], forbidden: int = OTHERS) -> T:
+    """The content of a key file without any `forbidden` bit in its mode. Raises KeyFileError."""
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            raw = file.read(MAX_FILE_BYTES + 1)
+        mode, raw = read_with_mode(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KeyFileError(f"key file {path} cannot be read: {error.strerror}") from error
     if mode & forbidden:

@@ -131,9 +131,14 @@ class Access:
 def _is_loopback(endpoint: str) -> bool:
     scheme, _, address = endpoint.partition("://")
     host = address.rpartition(":")[0].strip("[]")
-    if scheme in ("ipc", "inproc") or (scheme, host) == ("tcp", "localhost"):
+    return scheme in ("ipc", "inproc") or (scheme == "tcp" and is_loopback_host(host))
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether only processes of this host can reach what is bound there."""
+    if host == "localhost":
         return True
     try:
-        return scheme == "tcp" and ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:  # an interface or a name: it may be anything
         return False

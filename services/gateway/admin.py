@@ -17,6 +17,7 @@ from common.seams import Clock
 from kvbaton import protocol
 from kvbaton.admin import StoreAudit, StoreHistory
 from kvbaton.errors import ForbiddenError, InvalidRequestError, KvbatonError
+from kvbaton.keys import OTHERS, read_with_mode
 from services.gateway.peers import Store
 
 log = structlog.get_logger()
@@ -33,15 +34,14 @@ HOW_TO_MAKE_A_KEY = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 def load_admin_key(path: str) -> str:
     """The key in a file that nobody else may read. Raises StartError, which says what to do."""
-    file = Path(path)
     try:
-        mode = file.stat().st_mode
-        key = file.read_text(encoding="utf-8").strip()
+        mode, raw = read_with_mode(Path(path), -1)
+        key = raw.decode().strip()
     except (OSError, ValueError) as error:
         raise StartError(
             f"--admin-key-file {path} cannot be read ({error}): make one with {HOW_TO_MAKE_A_KEY}"
         ) from error
-    if mode & 0o077:
+    if mode & OTHERS:
         raise StartError(f"--admin-key-file {path} can be read by others: chmod 600 it")
     if len(key) < MIN_KEY_CHARS:
         raise StartError(

@@ -19,7 +19,6 @@ import hashlib
 import hmac
 import os
 import secrets
-import stat
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -27,12 +26,12 @@ from typing import Annotated
 import msgspec
 
 from common.config import StartError
+from kvbaton.keys import OTHERS, read_with_mode
 from services.gateway.quotas import Limits, Quota
 
 HOW_TO_MAKE_ONE = "scripts/apikey FILE --name NAME --tenant TENANT"
 _MAX_FILE_BYTES = 1 << 20
 _MAX_KEYS = 1024  # each is compared with each request's
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _PREFIX = "kvb-"  # what scanners for leaked keys look for
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -94,14 +93,12 @@ def load_entries(path: Path) -> list[Entry]:
     """What is in a file that nobody else may read. Raises StartError, which says what to do."""
     flag = f"--api-keys {path}"
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            raw = file.read(_MAX_FILE_BYTES + 1)
+        mode, raw = read_with_mode(path, _MAX_FILE_BYTES + 1)
     except OSError as error:
         raise StartError(
             f"{flag} cannot be read ({error.strerror}): make it with {HOW_TO_MAKE_ONE}"
         ) from error
-    if mode & _OTHERS:
+    if mode & OTHERS:
         raise StartError(f"{flag} is open to others (mode {mode:03o}): chmod 600 it")
     if len(raw) > _MAX_FILE_BYTES:
         raise StartError(f"{flag} has more than {_MAX_FILE_BYTES} bytes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import stat
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.config import StartError
+from common.net.access import is_loopback_host
 from common.seams import Clock
+from kvbaton.keys import OTHERS
 from services.gateway.api_keys import (
     HOW_TO_MAKE_ONE,
     ApiKeys,
@@ -26,7 +27,6 @@ from services.gateway.quotas import over_quota
 log = structlog.get_logger()
 
 OPEN_PATHS = frozenset({"/health"})
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ def load_access(
     this host would be let in, and nobody said that this is meant."""
     if bool(tls_cert) != bool(tls_key):
         raise StartError("--tls-cert and --tls-key go together")
-    if not api_keys and not open_http and not _is_loopback(host):
+    if not api_keys and not open_http and not is_loopback_host(host):
         raise StartError(
             f"--host {host} can be reached from elsewhere, and without --api-keys everybody there "
             f"is let in: make keys with {HOW_TO_MAKE_ONE}, or say --open-http if that is meant"
         )
     tls = tls_context(Path(tls_cert), Path(tls_key)) if tls_cert else None
-    if tls is None and api_keys and not _is_loopback(host):
+    if tls is None and api_keys and not is_loopback_host(host):
         log.warning("api_keys_travel_in_the_clear", host=host, hint="set --tls-cert and --tls-key")
     keys = ApiKeys(load_entries(Path(api_keys)), clock.now()) if api_keys else None
     return HttpAccess(keys, tls)
@@ -60,7 +60,7 @@ def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     """For a server: TLS 1.2 or later. Raises StartError, also if others may read the key."""
     try:
         mode = stat.S_IMODE(key.stat().st_mode)
-        if mode & _OTHERS:
+        if mode & OTHERS:
             raise StartError(f"--tls-key {key} is open to others (mode {mode:03o}): chmod 600 it")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -75,15 +75,6 @@ def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
 def _no_password() -> str:
     """Without this, OpenSSL would ask the terminal."""
     raise ValueError("the key is encrypted")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: it may be anything
-        return False
 
 
 class Gate:
