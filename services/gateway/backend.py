@@ -42,15 +42,28 @@ class Timeline:
     num_attempts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """How likely the model found one token of the prompt after those before it, and what it found
+    likeliest there."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
 class TokenStream(Protocol):
     """The tokens of one request, in order, without gaps or duplicates.
 
     Iteration raises a KvbatonError if the request fails; leaving it early requires `cancel`.
+    `prompt_logprobs` are there with the first token if they were asked for, one for each token of
+    the prompt but the first.
     """
 
     request_id: str
     timeline: Timeline
     num_cached_tokens: int
+    prompt_logprobs: list[PromptToken]
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
@@ -59,10 +72,20 @@ class TokenStream(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """The latencies that a request wants, in milliseconds; 0.0 for none."""
+
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A request as the dispatcher sees it: tokens in, tokens out.
 
     `resumed` is the output that its client has from another gateway: it goes on after that.
+    `priority`: lower goes first, as in vLLM. Requests of one `session_id` like the same workers.
+    `traceparent` is that of W3C Trace Context.
     """
 
     request_id: str
@@ -73,6 +96,10 @@ class GenerationRequest:
     cache_salt: str = ""  # prompts share cached blocks only with those of the same salt
     deadline_s: float | None = None
     resumed: tuple[int, ...] = ()
+    priority: int = 0
+    session_id: str = ""
+    targets: Targets = Targets()
+    traceparent: str = ""
 
 
 class Backend(Protocol):

@@ -6,7 +6,7 @@ import asyncio
 
 from common.messages import OutputToken
 from kvbaton.errors import KvbatonError
-from services.gateway.backend import GenerationRequest, Timeline, TokenEvent
+from services.gateway.backend import GenerationRequest, PromptToken, Timeline, TokenEvent
 
 
 class RequestStream:
@@ -17,6 +17,7 @@ class RequestStream:
         self.request_id = request.request_id
         self.timeline = Timeline(received_at=received_at)
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[PromptToken] = []
         self._was_opened = False
         self.tokens = list(request.resumed)
         self.is_over = False

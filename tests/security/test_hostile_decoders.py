@@ -62,14 +62,20 @@ def test_decoding_costs_memory_in_proportion_to_the_bytes(union: str) -> None:
     tracemalloc.start()
     try:
         for raw in inputs:
-            tracemalloc.reset_peak()
-            before, _ = tracemalloc.get_traced_memory()
-            with contextlib.suppress(ProtocolError):
-                DECODERS[union].decode(raw)
-            _, peak = tracemalloc.get_traced_memory()
-            assert peak - before < 16 * 1024 + 100 * len(raw), raw.hex()
+            # The least of three: what other threads of this process allocate is traced too.
+            cost_bytes = min(decoding_cost_bytes(union, raw) for _ in range(3))
+            assert cost_bytes < 16 * 1024 + 100 * len(raw), raw.hex()
     finally:
         tracemalloc.stop()
+
+
+def decoding_cost_bytes(union: str, raw: bytes) -> int:
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    with contextlib.suppress(ProtocolError):
+        DECODERS[union].decode(raw)
+    _, peak = tracemalloc.get_traced_memory()
+    return peak - before
 
 
 async def test_a_server_answers_honest_peers_whatever_others_send() -> None:

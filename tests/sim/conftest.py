@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 import structlog
 
+from tests.sim.farm import silence
+
 
 @pytest.fixture(scope="module")
 def quiet() -> Iterator[None]:
-    """Services that meet faults, or are broken on purpose, complain at length; reports say what
-    matters."""
+    """Only reports speak."""
     former = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    silence()
     yield
     structlog.configure(**former)

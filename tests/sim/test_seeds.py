@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.sim.farm import asked_for, farmed
 from tests.sim.faults import DISK_FAULTS, LINK_FAULTS, PROCESS_FAULTS
 from tests.sim.recovery import UNOPENED
 from tests.sim.scenario import MODES, NUM_FAULTS, NUM_REQUESTS, Report, draw, run_seed
@@ -42,8 +44,14 @@ class Tally:
 TALLY = Tally()
 
 
-def check(seed: int, mode: str) -> Report:
-    report = run_seed(seed, mode)
+@pytest.fixture(scope="module")
+def report_of(request: pytest.FixtureRequest) -> Iterator[Callable[[int, str], Report]]:
+    with farmed(run_seed, asked_for(request, "report_of", "seed", "mode")) as report_of:
+        yield report_of
+
+
+def check(report: Report) -> Report:
+    seed, mode = report.seed, report.mode
     again = f"broke: {report.broken}. To see it: scripts/sim --mode {mode} --seed {seed}"
     assert report.broken == [], again
     assert report.num_requests == report.outcomes.total() >= NUM_REQUESTS, again
@@ -53,15 +61,19 @@ def check(seed: int, mode: str) -> Report:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-def test_nothing_is_wrong_or_left_and_what_must_finish_does(seed: int, mode: str) -> None:
-    TALLY.add(check(seed, mode))
+def test_nothing_is_wrong_or_left_and_what_must_finish_does(
+    seed: int, mode: str, report_of: Callable[[int, str], Report]
+) -> None:
+    TALLY.add(check(report_of(seed, mode)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(NUM_SEEDS, NUM_SEEDS_LONG))
-def test_nothing_is_wrong_or_left_with_more_seeds(seed: int, mode: str) -> None:
-    check(seed, mode)
+def test_nothing_is_wrong_or_left_with_more_seeds(
+    seed: int, mode: str, report_of: Callable[[int, str], Report]
+) -> None:
+    check(report_of(seed, mode))
 
 
 def test_the_seeds_met_every_fault_many_pairs_and_every_state_of_a_handoff() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.seams import LiveClock
 from common.service import Tasks
-from services.gateway.backend import GenerationRequest, Timeline, TokenEvent
+from services.gateway.backend import GenerationRequest, PromptToken, Timeline, TokenEvent
 from services.gateway.http import HttpFace
 from services.gateway.text import TextModel
 
@@ -55,6 +55,7 @@ class FakeStream:
         self.request_id = request.request_id
         self.timeline = Timeline()
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[PromptToken] = []
         self.num_cancels = 0
         self.cancelled = asyncio.Event()
         self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()

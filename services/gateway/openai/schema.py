@@ -20,9 +20,11 @@ T = TypeVar("T")
 
 _AT = re.compile(r"(?s)(.*) - at `\$\.?(.*)`$")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
-_COPIED = tuple(
-    name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")
-)
+_NOT_COPIED = {
+    "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words",
+    "grammar",
+}  # fmt: skip
+_COPIED = tuple(name for name in SamplingParams.__struct_fields__ if name not in _NOT_COPIED)
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
