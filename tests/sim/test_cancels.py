@@ -36,6 +36,7 @@ from common.messages import (
 from services.gateway.stream import RequestStream
 from services.kvstore.handoff import Handoff
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate
+from tests.sim.farm import asked_for, farmed
 from tests.sim.load import mock_agrees
 from tests.sim.network import Pipe, decoded, type_of
 from tests.sim.world import World
@@ -267,8 +268,8 @@ def processes(cluster: SimCluster) -> list[object]:
     return [*cluster.stores, *cluster.workers, *gateways]
 
 
-def run(name: str, num_cancels: int) -> None:
-    scene, num_each = SCENES[name], -(-num_cancels // (2 * NUM_PAIRS))
+def run(name: str) -> None:
+    scene, num_each = SCENES[name], -(-NUM_CANCELS // (2 * NUM_PAIRS))
 
     async def main() -> None:
         world = World(1)
@@ -292,6 +293,14 @@ def run(name: str, num_cancels: int) -> None:
     simulate(main(), 100_000)
 
 
+@pytest.fixture(scope="module")
+def has_run(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    with farmed(run, asked_for(request, "has_run", "name")) as has_run:
+        yield has_run
+
+
 @pytest.mark.parametrize("name", SCENES)
-def test_a_cancel_at_any_transition_leaves_nothing(name: str) -> None:
-    run(name, NUM_CANCELS)
+def test_a_cancel_at_any_transition_leaves_nothing(
+    name: str, has_run: Callable[[str], None]
+) -> None:
+    has_run(name)
