@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self, Unpack
 
+from kvbaton.asking import Questions
 from kvbaton.gateways import Gateways
 from kvbaton.generation import GenerationBase
 from kvbaton.keys import client_curve
@@ -37,7 +38,8 @@ class AsyncGeneration(GenerationBase):
     def __init__(self, gateways: Gateways, message: Generate) -> None:
         events: asyncio.Queue[Event] = asyncio.Queue()
         request = ResumableRequest(message, events.put_nowait)
-        super().__init__(asyncio.get_running_loop(), partial(gateways.cancel, request.id))
+        cancel = partial(gateways.cancel, request.id)
+        super().__init__(message, asyncio.get_running_loop(), cancel)
         self._events = events
         gateways.start(request)
 
@@ -56,8 +58,14 @@ class AsyncGeneration(GenerationBase):
             self._take(event)
         return token
 
+    async def finish(self) -> Self:
+        """Read to the end."""
+        async for _ in self:
+            pass
+        return self
 
-class AsyncClient:
+
+class AsyncClient(Questions):
     """Connections to one or more gateways, for any number of requests at once.
 
     Where a gateway ends, restarts, gives no sign of life or is not ready, its requests go on at
@@ -76,14 +84,14 @@ class AsyncClient:
         ping_interval_s: float = PING_INTERVAL_S,
         resume_s: float = RESUME_S,
     ) -> None:
-        self._gateways = Gateways(
+        gateways = Gateways(
             endpoints,
             curve=client_curve(keys),
             connect_timeout_s=connect_timeout_s,
             ping_interval_s=ping_interval_s,
             resume_s=resume_s,
         )
-        self._request_ids = itertools.count(1)
+        super().__init__(gateways, itertools.count(1))
 
     async def connect(self) -> Welcome:
         """Connect now, and learn which model is served.
@@ -95,7 +103,7 @@ class AsyncClient:
     def generate(
         self, text: str | None = None, **options: Unpack[RequestOptions]
     ) -> AsyncGeneration:
-        """Start a request; iterate over what is returned for its tokens.
+        """Start a request; iterate over what is returned for its tokens, or `finish` it.
 
         A prompt is `text`, `token_ids` or `messages`; kvbaton.request lists all options. Raises
         TypeError for an unknown one, UnprocessableError and TooLargeError for what cannot be sent;

@@ -20,8 +20,10 @@ T = TypeVar("T")
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """The message as one MessagePack map with its tag under `type`. bytes stay bytes."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    """The message as one MessagePack map with its tag under `type`. bytes stay bytes, and all keys
+    are strings: a number as a key is written in decimal digits."""
+    values = msgspec.to_builtins(message, builtin_types=(bytes,), str_keys=True)
+    packed: bytes = msgpack.packb(values)
     return packed
 
 
@@ -58,7 +60,7 @@ class Decoder(Generic[T]):
                 max_map_len=min(size, MAX_MAP_ITEMS),
                 max_ext_len=0,
             )
-            boxed: Any = msgspec.convert([value], self._boxed)
+            boxed: Any = msgspec.convert([value], self._boxed, str_keys=True)
             message: T = boxed.message
         except ProtocolError:
             raise

@@ -57,6 +57,13 @@ class NotFoundError(KvbatonError):
     status = 404
 
 
+class NotSupportedError(KvbatonError):
+    """The server knows what is asked, and does not have it."""
+
+    code = "not_supported"
+    status = 501
+
+
 class UnavailableError(KvbatonError):
     """No worker of a needed role is alive, or the server is shutting down."""
 
@@ -111,6 +118,7 @@ _BY_CODE: dict[str, type[KvbatonError]] = {
         TooLargeError,
         ForbiddenError,
         NotFoundError,
+        NotSupportedError,
         UnavailableError,
         OverloadedError,
         DeadlineError,

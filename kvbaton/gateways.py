@@ -14,7 +14,8 @@ from kvbaton.backoff import backoff_s
 from kvbaton.connection import Gateway
 from kvbaton.errors import ConnectionLostError, KvbatonError, UnavailableError
 from kvbaton.protocol import Tokens, Welcome
-from kvbaton.resume import ResumableRequest
+from kvbaton.questions import Prompt
+from kvbaton.retry import Retried
 from kvbaton.session import Event, Session
 from kvbaton.sockets import Curve
 
@@ -25,7 +26,7 @@ _AVOID_S = 1.0  # a gateway that takes nothing new now, unless it said for how l
 class _Held:
     """A request that is not over. Without a session it waits for one."""
 
-    request: ResumableRequest
+    request: Retried
     session: Session | None = None
     limit: asyncio.TimerHandle | None = None  # when it has waited long enough
     retry: asyncio.TimerHandle | None = None  # when it may be placed again, whoever is there
@@ -93,7 +94,7 @@ class Gateways:
         assert gateway.session.welcome is not None
         return gateway.session.welcome
 
-    def start(self, request: ResumableRequest) -> None:
+    def start(self, request: Retried) -> None:
         """Have a request served; its sink hears everything about it, failures too."""
         try:
             self._connect()
@@ -202,7 +203,7 @@ class Gateways:
         if held.request.take(event, loop.time()):
             if held.request.is_over:
                 self._drop(held)
-                if isinstance(event, Tokens) and held.session is not None:
+                if isinstance(event, Prompt | Tokens) and held.session is not None:
                     held.session.cancel(held.request.id)  # they made no sense
             return
         held.session = None

@@ -30,15 +30,18 @@ from kvbaton.protocol import (
     GatewayMessage,
     Hello,
     Ping,
+    Pong,
     Tokens,
     Told,
     Welcome,
 )
+from kvbaton.questions import Answer, Prompt
 
 MAX_SILENT_TICKS = 3
 
-# What a request hears: that it is accepted, tokens, then one of the others, which is the last.
-Event = Accepted | Tokens | Done | Audited | Told | KvbatonError
+# What a request hears: that it is accepted, its prompt, tokens, then one of the others, which is
+# the last.
+Event = Accepted | Prompt | Tokens | Done | Audited | Told | Answer | KvbatonError
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ class Session:
             self._send(self._hello)
 
     def start(self, request_id: int, raw: bytes, sink: Callable[[Event], None]) -> None:
-        """Send an encoded `generate`, `audit` or `why`, now or when the gateway has welcomed us."""
+        """Send an encoded request of any kind, now or when the gateway has welcomed us."""
         if self.error is not None:
             sink(copy(self.error))
         else:
@@ -104,16 +107,16 @@ class Session:
     def receive(self, message: GatewayMessage) -> None:
         """Take in one message."""
         self._num_silent_ticks = 0
-        if isinstance(message, Accepted | Tokens):
+        if isinstance(message, Accepted | Prompt | Tokens):
             request = self._requests.get(message.id)
             if request is not None:
                 request.sink(message)
-        elif isinstance(message, Done | Audited | Told):
-            self._finish(message.id, message)
         elif isinstance(message, Error):
             self._on_error(message)
         elif isinstance(message, Welcome):
             self._on_welcome(message)
+        elif not isinstance(message, Pong):
+            self._finish(message.id, message)
         elif self.welcome is None or message.instance_id != self.welcome.instance_id:
             self.greet()
 

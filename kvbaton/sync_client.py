@@ -16,18 +16,20 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
+from kvbaton.asking import Questions, ScoredText
 from kvbaton.client import CONNECT_TIMEOUT_S, DEFAULT_ENDPOINT
 from kvbaton.errors import ConnectionLostError
 from kvbaton.gateways import Gateways
 from kvbaton.generation import GenerationBase
 from kvbaton.keys import client_curve
 from kvbaton.protocol import PING_INTERVAL_S, Generate, Token, Welcome
-from kvbaton.request import RequestOptions, make_request
+from kvbaton.questions import ModelCard, Tokenized
+from kvbaton.request import RequestOptions, Turn, make_request
 from kvbaton.resume import RESUME_S, ResumableRequest
 from kvbaton.session import Event
 
@@ -63,6 +65,9 @@ class _ClientThread:
             return future.result()
         except concurrent.futures.CancelledError as error:
             raise ConnectionLostError("the client was closed") from error
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
     def stop(self) -> None:
         """Close all and end the thread. Idempotent; the garbage collector may call it."""
@@ -94,7 +99,7 @@ class Generation(GenerationBase):
     def __init__(self, client: Client, thread: _ClientThread, message: Generate) -> None:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = ResumableRequest(message, events.put)
-        super().__init__(thread.loop, partial(thread.gateways.cancel, request.id))
+        super().__init__(message, thread.loop, partial(thread.gateways.cancel, request.id))
         self._client = client  # who only keeps this keeps the client from being closed
         self._events = events
         thread.call_soon(partial(thread.gateways.start, request))
@@ -113,6 +118,12 @@ class Generation(GenerationBase):
                 raise
             self._take(event)
         return token
+
+    def finish(self) -> Self:
+        """Read to the end."""
+        for _ in self:
+            pass
+        return self
 
 
 class Client:
@@ -136,6 +147,7 @@ class Client:
         )
         self._thread = _ClientThread(gateways)
         self._request_ids = itertools.count(1)
+        self._questions = Questions(gateways, self._request_ids)
         weakref.finalize(self, self._thread.stop)
 
     def connect(self) -> Welcome:
@@ -149,6 +161,87 @@ class Client:
         """Start a request; iterate over what is returned. See AsyncClient.generate."""
         message = make_request(next(self._request_ids), text, options)
         return Generation(self, self._thread, message)
+
+    def score(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        model: str | None = None,
+        top_logprobs: int = 0,
+        add_special_tokens: bool = True,
+        deadline_s: float | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> list[ScoredText]:
+        """How likely the model finds each text. See AsyncClient.score."""
+        return self._thread.result(
+            partial(
+                self._questions.score,
+                texts,
+                token_ids=token_ids,
+                model=model,
+                top_logprobs=top_logprobs,
+                add_special_tokens=add_special_tokens,
+                deadline_s=deadline_s,
+                cache_salt=cache_salt,
+                priority=priority,
+            )
+        )
+
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Turn] | None = None,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        return_token_strs: bool = False,
+    ) -> Tokenized:
+        """The tokens of a text or a conversation. See AsyncClient.tokenize."""
+        return self._thread.result(
+            partial(
+                self._questions.tokenize,
+                text,
+                messages=messages,
+                model=model,
+                add_special_tokens=add_special_tokens,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+                tools=tools,
+                return_token_strs=return_token_strs,
+            )
+        )
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str | None = None,
+        skip_special_tokens: bool = False,
+    ) -> str:
+        """The text of tokens."""
+        return self._thread.result(
+            partial(
+                self._questions.detokenize,
+                token_ids,
+                model=model,
+                skip_special_tokens=skip_special_tokens,
+            )
+        )
+
+    def models(self) -> list[ModelCard]:
+        """The models that are served."""
+        return self._thread.result(self._questions.models)
+
+    def stats(self) -> dict[str, float]:
+        """A gateway's counts and gauges. See AsyncClient.stats."""
+        return self._thread.result(self._questions.stats)
 
     def close(self) -> None:
         """Cancel what is in flight and close the connections. Idempotent."""

@@ -15,14 +15,27 @@ EOS_ID = 1
 
 # Every message is its role's token and its text; an assistant's message also ends with <|eos|>, so
 # that a server which stops at <|eos|> hands back exactly the message. A role the model has not
-# seen, such as "tool", is read as the user's.
+# seen is read as the user's. Tools are told of in the way of Hermes; the model has seen none.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}\n"
+    "{%- if tools -%}\n"
+    "{{- '<|system|># Tools\\n' -}}\n"
+    "{%- for tool in tools -%}\n"
+    "{{- (tool['function'] | tojson) + '\\n' -}}\n"
+    "{%- endfor -%}\n"
+    '{{- \'# To call one: <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>\\n\' -}}\n'
+    "{%- endif -%}\n"
     "{%- for message in messages -%}\n"
     "{%- if message['role'] == 'assistant' -%}\n"
-    "{{- '<|assistant|>' + (message['content'] or '') + eos_token -}}\n"
+    "{{- '<|assistant|>' + (message['content'] or '') -}}\n"
+    "{%- for call in message['tool_calls'] or [] -%}\n"
+    "{{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' -}}\n"
+    "{%- endfor -%}\n"
+    "{{- eos_token -}}\n"
     "{%- elif message['role'] == 'system' -%}\n"
     "{{- '<|system|>' + (message['content'] or '') -}}\n"
+    "{%- elif message['role'] == 'tool' -%}\n"
+    "{{- '<|user|><tool_response>' + (message['content'] or '') + '</tool_response>' -}}\n"
     "{%- else -%}\n"
     "{{- '<|user|>' + (message['content'] or '') -}}\n"
     "{%- endif -%}\n"

@@ -10,12 +10,13 @@ from pathlib import PurePath
 
 import pytest
 
-# Seconds, in the order in which the suites run: what fails soonest comes first.
+# Seconds, in the order in which the suites run: what fails soonest comes first. Those of unit and
+# wire are shared by the cores, which each make the other slower.
 BUDGETS_S = {
-    "unit": 240,
+    "unit": 320,
     "wire": 30,
-    "net": 60,
-    "sim": 480,
+    "net": 120,
+    "sim": 420,
     "cluster": 480,
     "security": 100,
     "packaging": 120,

@@ -15,6 +15,8 @@ import numpy as np
 
 from common.engine.work import ModelInfo, Sampled, Work
 from common.kv.layout import KvLayout
+from common.scores import pack_scores
+from kvbaton.sampling import SamplingParams
 
 MOCK_LAYOUT = KvLayout(num_layers=1, num_kv_heads=2, head_dim=64, block_size=16, dtype="uint8")
 MOCK_VOCAB_SIZE = 2048
@@ -37,10 +39,14 @@ def _kv(tokens: Sequence[int], start: int) -> UInt64Array:
     return _mix((positions << np.uint64(32)) + np.asarray(tokens, dtype=np.uint64))
 
 
-def _weighted(words: UInt64Array) -> int:
+def _weighted(words: UInt64Array) -> UInt64Array:
+    """The KV words of positions 0, 1, ..., each with a weight of its own."""
+    return words * (_mix(np.arange(1, len(words) + 1, dtype=np.uint64)) | np.uint64(1))
+
+
+def _total(words: UInt64Array) -> int:
     """One number for the KV words of positions 0, 1, ..."""
-    weights = _mix(np.arange(1, len(words) + 1, dtype=np.uint64)) | np.uint64(1)
-    return int((words * weights).sum(dtype=np.uint64))
+    return int(_weighted(words).sum(dtype=np.uint64))
 
 
 def _token(total: int) -> int:
@@ -50,7 +56,7 @@ def _token(total: int) -> int:
 
 def mock_token(tokens: Sequence[int]) -> int:
     """The token that follows `tokens`."""
-    return _token(_weighted(_kv(tokens, 0) * np.uint64(_WORDS)))
+    return _token(_total(_kv(tokens, 0) * np.uint64(_WORDS)))
 
 
 def mock_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -61,8 +67,25 @@ def mock_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def mock_scores(prompt: Sequence[int]) -> bytes:
+    """Work.scores of a whole prompt, with nothing but the prompt's own tokens."""
+    return _scores(prompt, _kv(prompt, 0) * np.uint64(_WORDS), 0, len(prompt) - 1)
+
+
+def _scores(tokens: Sequence[int], words: UInt64Array, start: int, count: int) -> bytes:
+    """Rows for the tokens after positions from `start` on: each is made of the KV before it."""
+    totals = np.cumsum(_weighted(words), dtype=np.uint64)[start : start + count]
+    logprobs = -(_mix(totals) / 2.0**64)
+    following = tokens[start + 1 : start + count + 1]
+    return b"".join(pack_scores([pair]) for pair in zip(following, logprobs, strict=True))
+
+
 class MockEngine:
-    """Implements work.Engine. A step takes `step_s` plus `token_s` for each token computed."""
+    """Implements work.Engine. A step takes `step_s` plus `token_s` for each token computed.
+
+    Of the sampling parameters it follows none: it has no distribution to draw from, and no
+    tokenizer that a grammar could be told in. Prompts are scored, since that depends on the KV.
+    """
 
     def __init__(self, step_s: float, token_s: float, max_model_len: int = 32768) -> None:
         self.info = ModelInfo(
@@ -80,11 +103,17 @@ class MockEngine:
         words = np.frombuffer(arena, dtype=np.uint64)
         self._kv = words.reshape(-1, MOCK_LAYOUT.block_size, _WORDS)
 
+    async def prepare(self, sampling: SamplingParams) -> None:
+        pass
+
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
         """Writes at the end of the step, as late as a real engine might."""
         await asyncio.sleep(self._step_s + self._token_s * sum(work.num_tokens for work in works))
         for work in works:
             self._write(work)
+            if work.prompt_logprobs is not None:
+                words = self._words(work)
+                work.scores = _scores(work.tokens, words, work.start, work.num_scored)
         return [Sampled(self._read(work), 0.0) if work.sample else None for work in works]
 
     def close(self) -> None:
@@ -99,8 +128,13 @@ class MockEngine:
         self._kv[slots, positions % MOCK_LAYOUT.block_size] = words[:, None]
 
     def _read(self, work: Work) -> int:
+        return _token(_total(self._words(work)))
+
+    def _words(self, work: Work) -> UInt64Array:
+        """What the arena holds for each position up to the last computed."""
         assert self._kv is not None
         length = work.start + work.num_tokens
         num_blocks = -(-length // MOCK_LAYOUT.block_size)
         blocks = self._kv[work.slots[:num_blocks]].reshape(-1, _WORDS)
-        return _token(_weighted(blocks[:length].sum(axis=1, dtype=np.uint64)))
+        words: UInt64Array = blocks[:length].sum(axis=1, dtype=np.uint64)
+        return words

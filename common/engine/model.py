@@ -83,7 +83,7 @@ class Model:
         return tile_rows(count, self._row_counts) if self._row_counts else [max(count, MIN_ROWS)]
 
     def forward(self, step: StepInput, cache: KvCache, attention: AttentionBackend) -> Tensor:
-        """Logits of the sampled rows, [len(sample_rows), vocab_size] in fp32.
+        """The residual stream after the last layer, [rows, hidden_size]: see `logits`.
 
         Writes the KV of the step's tokens. `attention` has been given the batch by plan().
         """
@@ -99,7 +99,7 @@ class Model:
             self._ops.place(qkv, layer.qk_norm, placement, cache, index)
             attention.attend(index, qkv[:, : config.num_heads], cache, attended)
             x = _by_tile(tiles, self._combine, layer, x, attended)
-        return self._logits(x, step.sample_rows)
+        return x
 
     def _project(self, layer: _Layer, x: Tensor) -> Tensor:
         """Queries, keys and values, [rows, (num_heads + 2 * num_kv_heads) * head_dim]."""
@@ -111,12 +111,13 @@ class Model:
         normed = self._ops.rms_norm(x, layer.post_norm)
         return x.add_(layer.down(self._ops.swiglu(layer.gate_up(normed))))
 
-    def _logits(self, x: Tensor, sample_rows: Tensor) -> Tensor:
-        count = len(sample_rows)
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits of these rows of what forward() gave, [len(rows), vocab_size] in fp32."""
+        count = len(rows)
         if count == 0:
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         tiles = self.tiles(count)
-        x = functional.pad(x[sample_rows], (0, 0, 0, sum(tiles) - count))
+        x = functional.pad(x[rows], (0, 0, 0, sum(tiles) - count))
         return _by_tile(tiles, self._unembed, x)[:count].float()
 
     def _unembed(self, x: Tensor) -> Tensor:

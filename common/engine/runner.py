@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,14 +13,17 @@ import torch
 from common.engine.attention import make_backend, make_layers
 from common.engine.attention.base import AttentionBackend, AttentionShape, Batch
 from common.engine.config import ModelConfig, ModelError, load_config
+from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.model import Model, StepInput
-from common.engine.sampler import sample
+from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
 from common.engine.work import ModelInfo, Sampled, Work
 from common.kv.layout import KvLayout
+from kvbaton.sampling import SamplingParams
 
 _BLOCK_SIZE = 16
+_SCORED_AT_ONCE = 64  # the logits of a long chunk would take more memory than its KV
 
 
 class TorchEngine:
@@ -86,6 +89,8 @@ class TorchEngine:
             make_layers(attention, config.rms_norm_eps, fixed_order=batch_invariant),
             batch_invariant=batch_invariant,
         )
+        self._grammars = Grammars(model_dir, config.eos_token_ids)
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._cache: KvCache | None = None
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="engine", initializer=torch.set_num_threads, initargs=(threads,)
@@ -95,6 +100,12 @@ class TorchEngine:
         """Use `arena` as the KV memory, in place. Raises ValueError unless it is whole blocks."""
         self._cache = KvCache(self.info.layout, arena)
 
+    async def prepare(self, sampling: SamplingParams) -> None:
+        """Compile the grammar, if there is one, on a thread of its own. See work.Engine."""
+        if sampling.grammar:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiler, self._grammars.prepare, sampling.grammar)
+
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
         """step_sync on the engine's thread; one step at a time, exceptions come back here."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.step_sync, works)
@@ -103,23 +114,43 @@ class TorchEngine:
         """Run one step: see work.Engine. Raises sampler.NumericalError on logits that are NaN."""
         if not works:
             return []
-        logits = self._logits(works)
+        with torch.inference_mode():
+            hidden, step = self._forward(works)
+            self._score(works, hidden)
+            logits = self.model.logits(hidden, step.sample_rows)
         sampled = [work for work in works if work.sample]
-        drawn = iter(sample(logits.numpy(), sampled, self.info.eos_token_ids))
+        drawn = iter(sample(logits.numpy(), sampled, self.info.eos_token_ids, self._grammars))
         return [next(drawn) if work.sample else None for work in works]
 
     def close(self) -> None:
         """Wait for the step that runs, stop the thread and let go of the arena."""
         self._thread.shutdown()
+        self._compiler.shutdown(cancel_futures=True)
         self._cache = None
 
-    def _logits(self, works: Sequence[Work]) -> torch.Tensor:
-        """Write the works' KV; fp32 logits [works with sample, vocab_size]."""
+    def _forward(self, works: Sequence[Work]) -> tuple[torch.Tensor, StepInput]:
+        """Write the works' KV; what Model.forward gave for their positions, one after another."""
         assert self._cache is not None, "attach an arena first"
-        with torch.inference_mode():
-            step, batch = self._prepare(works, self._cache.num_blocks)
-            self._attention.plan(batch)
-            return self.model.forward(step, self._cache, self._attention)
+        step, batch = self._prepare(works, self._cache.num_blocks)
+        self._attention.plan(batch)
+        return self.model.forward(step, self._cache, self._attention), step
+
+    def _score(self, works: Sequence[Work], hidden: torch.Tensor) -> None:
+        """Set the scores of the works that want them."""
+        first_row = 0
+        for work in works:
+            if work.prompt_logprobs is not None:
+                scores = self._scores(work, hidden[first_row:], work.prompt_logprobs)
+                work.scores = b"".join(scores)
+            first_row += work.num_tokens
+
+    def _scores(self, work: Work, hidden: torch.Tensor, count: int) -> Iterator[bytes]:
+        """Of one work, whose rows come first in `hidden`; a few rows have logits at a time."""
+        for begin in range(0, work.num_scored, _SCORED_AT_ONCE):
+            end = min(begin + _SCORED_AT_ONCE, work.num_scored)
+            logits = self.model.logits(hidden, torch.arange(begin, end))
+            following = work.tokens[work.start + begin + 1 : work.start + end + 1]
+            yield score(logits.numpy(), following, count)
 
     def _prepare(self, works: Sequence[Work], num_blocks: int) -> tuple[StepInput, Batch]:
         """Index tensors of a step, built over all works at once."""

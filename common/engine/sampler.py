@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 
+from common.engine.grammar import Grammars
+from common.engine.masks import Float32Array, forbid, forbid_ends, forbids
 from common.engine.work import Sampled, Work
+from common.scores import pack_scores
+from kvbaton.errors import InvalidRequestError
 from kvbaton.sampling import SamplingParams
-
-Float32Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 _GREEDY_BELOW = 1e-5  # of temperatures, as in vLLM: dividing by less leaves the range of fp32
 _DRAW_BLOCK = 256  # weights summed at once; a running sum over all of them takes ten times as long
@@ -32,19 +34,30 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return bits / 2**53
 
 
-def sample(logits: Float32Array, works: Sequence[Work], eos: Sequence[int]) -> list[Sampled]:
+def sample(
+    logits: Float32Array,
+    works: Sequence[Work],
+    eos: Sequence[int],
+    grammars: Grammars | None = None,
+) -> list[Sampled | None]:
     """Draw the next token of each row of logits [rows, vocab_size]; row i belongs to works[i].
 
     `eos` are the ids that end a sequence, masked while a row has fewer than min_tokens outputs.
-    Raises NumericalError where a row's largest logit is NaN or infinite.
+    `grammars` is there if a work has one. None for a work that leaves no token to draw, or whose
+    grammar cannot be followed: its `error` says so. Raises NumericalError where a row's largest
+    logit is NaN or infinite.
     """
     best = logits.argmax(axis=1)  # the first NaN, where there is one
-    if not np.isfinite(logits[np.arange(len(best)), best]).all():
-        raise NumericalError("the model's logits are not finite: check the weights and the KV")
+    _check_finite(logits[np.arange(len(best)), best])
     return [
-        Sampled(int(token), 0.0) if _is_plain(work) else _sample_row(row, work, eos)
+        Sampled(int(token), 0.0) if _is_plain(work) else _try_row(row, work, eos, grammars)
         for row, work, token in zip(logits, works, best, strict=True)
     ]
+
+
+def _check_finite(largest: Float32Array) -> None:
+    if not np.isfinite(largest).all():
+        raise NumericalError("the model's logits are not finite: check the weights and the KV")
 
 
 def _num_outputs(work: Work) -> int:
@@ -67,13 +80,27 @@ def _changes_logits(work: Work) -> bool:
         params.presence_penalty != 0
         or params.frequency_penalty != 0
         or params.repetition_penalty != 1
+        or bool(params.logit_bias)
+        or forbids(params)
         or _num_outputs(work) < params.min_tokens
     )
 
 
-def _sample_row(row: Float32Array, work: Work, eos: Sequence[int]) -> Sampled:
+def _try_row(
+    row: Float32Array, work: Work, eos: Sequence[int], grammars: Grammars | None
+) -> Sampled | None:
+    try:
+        return _sample_row(row, work, eos, grammars)
+    except InvalidRequestError as error:
+        work.error = error
+        return None
+
+
+def _sample_row(
+    row: Float32Array, work: Work, eos: Sequence[int], grammars: Grammars | None
+) -> Sampled:
     params = work.sampling
-    adjusted = _adjust(row.copy(), work, eos) if _changes_logits(work) else row
+    adjusted = _adjust(row.copy(), work, eos, grammars) if _changes_logits(work) else row
     if _is_greedy(params):
         token = int(adjusted.argmax())
     else:
@@ -85,15 +112,23 @@ def _sample_row(row: Float32Array, work: Work, eos: Sequence[int]) -> Sampled:
     return _with_logprobs(row, token, params.logprobs)
 
 
-def _adjust(logits: Float32Array, work: Work, eos: Sequence[int]) -> Float32Array:
-    """Mask and penalise in place, in vLLM's order: min_tokens, repetition, frequency, presence.
+def _adjust(
+    logits: Float32Array, work: Work, eos: Sequence[int], grammars: Grammars | None = None
+) -> Float32Array:
+    """Mask, bias and penalise in place, in vLLM's order (docs.vllm.ai, vllm.v1.sample.sampler,
+    v0.22.1): the grammar before all, then allowed_token_ids, bad_words, min_tokens, logit_bias,
+    repetition, frequency, presence.
 
     Repetition (Keskar et al., CTRL, 4.1) counts prompt and output, the other two the output alone.
     """
     params = work.sampling
+    if forbids(params):
+        assert grammars is not None or not params.grammar
+        forbid(logits, work, grammars.allowed(work, len(logits)) if grammars else None)
     if _num_outputs(work) < params.min_tokens:
-        ends = [token for token in (*eos, *params.stop_token_ids) if 0 <= token < len(logits)]
-        logits[ends] = -np.inf
+        forbid_ends(logits, (*eos, *params.stop_token_ids))
+    if params.logit_bias:
+        _bias(logits, params.logit_bias)
     tokens = np.asarray(work.tokens, dtype=np.int64)
     if params.repetition_penalty != 1:
         seen = np.unique(tokens)
@@ -105,6 +140,11 @@ def _adjust(logits: Float32Array, work: Work, eos: Sequence[int]) -> Float32Arra
         penalties = params.frequency_penalty * counts + params.presence_penalty
         logits[seen] -= penalties.astype(np.float32)
     return logits
+
+
+def _bias(logits: Float32Array, biases: Mapping[int, float]) -> None:
+    known = {token: bias for token, bias in biases.items() if 0 <= token < len(logits)}
+    logits[list(known)] += np.fromiter(known.values(), dtype=np.float32)
 
 
 def probabilities(logits: Float32Array, params: SamplingParams) -> Float32Array:
@@ -153,6 +193,16 @@ def _draw(weights: Float32Array, noise: float) -> int:
     token = begin + int(np.searchsorted(inside, target, side="right"))
     # Both sums round: past the block's end, or past the last block, the last token of any weight.
     return token if token < end else int(np.flatnonzero(weights[:end])[-1])
+
+
+def score(rows: Float32Array, tokens: Sequence[int], count: int) -> bytes:
+    """How likely tokens[i] is by the logits rows[i], and the `count` likeliest there: rows of
+    common/scores.py. Raises NumericalError as `sample` does."""
+    _check_finite(rows.max(axis=1))
+    scored = (_with_logprobs(row, token, count) for row, token in zip(rows, tokens, strict=True))
+    return b"".join(
+        pack_scores([(each.token_id, each.logprob), *each.top_logprobs]) for each in scored
+    )
 
 
 def _with_logprobs(row: Float32Array, token: int, count: int) -> Sampled:

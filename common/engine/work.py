@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.kv.layout import KvLayout
+from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 
 
@@ -33,7 +34,12 @@ class Work:
     the arena slot of the block that holds positions [i * block_size, (i + 1) * block_size); the
     slots cover at least all positions below start + num_tokens. With `sample` the token that
     follows the last computed position is drawn; its position is start + num_tokens, which then
-    equals len(tokens).
+    equals len(tokens). `prompt_logprobs` is how many likeliest tokens are wanted at each of the
+    prompt's positions, besides its own token; None for no such thing.
+
+    Two fields are the step's to set. `scores`: the log-probabilities of those tokens of the prompt
+    that follow a position computed now (common/scores.py). `error`: why nothing could be drawn for
+    this sequence, which cannot go on; others in the step are not concerned.
     """
 
     tokens: Sequence[int]
@@ -44,6 +50,15 @@ class Work:
     sampling: SamplingParams
     choice: int = 0
     sample: bool = True
+    prompt_logprobs: int | None = None
+    scores: bytes = b""
+    error: KvbatonError | None = None
+
+    @property
+    def num_scored(self) -> int:
+        """How many positions computed now have a token of the prompt after them."""
+        end = min(self.start + self.num_tokens, self.num_prompt_tokens - 1)
+        return max(0, end - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +82,12 @@ class Engine(Protocol):
     def attach(self, arena: memoryview) -> None:
         """Use `arena` (a whole number of blocks of info.layout) as the KV memory."""
 
+    async def prepare(self, sampling: SamplingParams) -> None:
+        """Make what the request's steps would otherwise wait for: steps go on meanwhile. Raises
+        InvalidRequestError for a request that cannot be served."""
+
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
-        """Run one step; one result for each work, None where nothing was to be sampled."""
+        """Run one step; one result for each work, None where nothing was sampled."""
 
     def close(self) -> None:
         """Stop the thread, drop references to the arena."""

@@ -13,6 +13,8 @@ from common.messages.audits import (
     AskAudit,
     AskWhy,
     Audited,
+    CacheDropped,
+    DropCache,
     HeldSequence,
     Holdings,
     ReportHoldings,
@@ -40,6 +42,7 @@ from common.messages.base import (
     TokenId,
     Welcome,
 )
+from common.messages.counts import Distribution, WorkerCounts
 from common.messages.handoffs import (
     Aborted,
     AbortHandoff,
@@ -65,6 +68,7 @@ from common.messages.handoffs import (
     Suspend,
     Yield,
 )
+from common.messages.reports import MAX_CHUNKS, ChunkReport, WorkReport
 from common.messages.requests import (
     Dropped,
     OutputToken,
@@ -76,6 +80,7 @@ from kvbaton.codec import Decoder
 
 __all__ = [
     "INTERNAL_VERSION",
+    "MAX_CHUNKS",
     "AbortHandoff",
     "Aborted",
     "AskAudit",
@@ -83,11 +88,15 @@ __all__ = [
     "Audited",
     "Block",
     "BlockBytes",
+    "CacheDropped",
+    "ChunkReport",
     "Claim",
     "Commit",
     "CorruptError",
     "Count",
     "Discard",
+    "Distribution",
+    "DropCache",
     "Dropped",
     "Failed",
     "Fill",
@@ -133,6 +142,8 @@ __all__ = [
     "TokenId",
     "Told",
     "Welcome",
+    "WorkReport",
+    "WorkerCounts",
     "Yield",
     "decoder",
 ]
@@ -140,11 +151,11 @@ __all__ = [
 ToStore = (
     Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
     | Release | Suspend | Yield | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
-    | AskAudit | AskWhy | Holdings
+    | AskAudit | AskWhy | DropCache | Holdings
 )  # fmt: skip
 FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
-    | Aborted | Members | ReportHoldings | Audited | Told
+    | Aborted | Members | ReportHoldings | Audited | Told | CacheDropped
 )  # fmt: skip
 ToWorker = Hello | Heartbeat | Reserve | Prefill
 FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped

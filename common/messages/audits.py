@@ -26,6 +26,10 @@ class AskWhy(Message, tag="ask_why"):
     names: Annotated[list[RequestName], msgspec.Meta(max_length=4)] = []
 
 
+class DropCache(Message, tag="drop_cache"):
+    """Gateway: nobody shall find what is cached by now. Answered by CacheDropped."""
+
+
 class HeldSequence(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """A sequence as its worker holds it: `blocks[:num_committed]` are final."""
 
@@ -59,3 +63,9 @@ class Told(Message, tag="told"):
     """What this store remembers."""
 
     history: StoreHistory
+
+
+class CacheDropped(Message, tag="cache_dropped"):
+    """So many blocks cannot be found any more; who reads one goes on."""
+
+    num_blocks: Count

@@ -8,8 +8,11 @@ import msgspec
 
 from common.kv.hashing import KEY_BYTES
 from common.kv.layout import KvLayout
+from common.messages.counts import WorkerCounts
+from common.step_times import Amount, StepTimes
 from kvbaton.admin import MAX_ID_CHARS
 from kvbaton.errors import KvbatonError
+from kvbaton.traceparent import PATTERN as TRACEPARENT
 
 INTERNAL_VERSION = 3
 
@@ -33,6 +36,7 @@ MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Key = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Traceparent = Annotated[str, msgspec.Meta(pattern=TRACEPARENT)]
 RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 Block = Count
 TokenId = Count
@@ -46,13 +50,21 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"
 
 
 class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed.
+    """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed, which
+    take about `queued_s`. `num_context_tokens`: positions that one token of each running sequence
+    attends to. `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those
+    that do not. `pulled_bytes_per_s`: how fast blocks come from the store, where they must.
     `is_draining`: it ends what it has, or hands it on, and takes nothing new."""
 
     num_running: Count = 0
     num_waiting: Count = 0
     num_tokens_queued: Count = 0
-    tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    queued_s: Amount = 0.0
+    num_context_tokens: Count = 0
+    tokens_per_s: Amount = 0.0
+    prompt_steps: StepTimes | None = None
+    token_steps: StepTimes | None = None
+    pulled_bytes_per_s: Amount = 0.0
     is_draining: bool = False
 
 
@@ -72,6 +84,7 @@ class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     mover: Annotated[str, msgspec.Meta(pattern="^(auto|shm|zmq)$")] = "shm"
     layout: KvLayout | None = None
     load: Load = Load()
+    counts: WorkerCounts | None = None
 
 
 class Hello(Message, tag="hello"):
@@ -107,11 +120,12 @@ class Ok(Message, tag="ok"):
 
 
 class Heartbeat(Message, tag="heartbeat"):
-    """A sign of life, with the sender's load; answered by ok. A worker is shown to gateways once
-    it is `ready`: its arena is mapped and its engine attached."""
+    """A sign of life, with a worker's load and what it has counted; answered by ok. Gateways are
+    shown a worker once it is `ready`: its arena is mapped and its engine attached."""
 
     load: Load = Load()
     ready: bool = False
+    counts: WorkerCounts | None = None
 
 
 class Leave(Message, tag="leave"):

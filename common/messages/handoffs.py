@@ -12,6 +12,7 @@ from common.messages.base import (
     RequestName,
     Stamp,
     TokenId,
+    Traceparent,
 )
 
 # ---- to the store -------------------------------------------------------------------------------
@@ -31,6 +32,7 @@ class OpenHandoff(Message, tag="open"):
     keys: list[Key]
     num_tokens: Count
     after: RequestName = ""
+    traceparent: Traceparent = ""
 
 
 class AbortHandoff(Message, tag="abort"):
@@ -136,13 +138,15 @@ class Discard(_HandoffStep, tag="discard"):
 
 
 class HandoffOpened(Message, tag="opened"):
-    """Room is reserved. The first `num_cached_blocks` blocks are pinned and need no computing.
+    """Room is reserved. The first `num_cached_blocks` blocks are pinned and need no computing;
+    `num_loaded_blocks` came from the disk for it.
     `is_whole`: all positions but the last are computed, decode can claim at once."""
 
     handoff_id: str
     epoch: int
     num_cached_blocks: int
     is_whole: bool = False
+    num_loaded_blocks: Count = 0
 
 
 class Granted(Message, tag="granted"):

@@ -12,8 +12,12 @@ from common.messages.base import (
     Load,
     MemberId,
     Message,
+    RequestName,
     TokenId,
+    Traceparent,
 )
+from common.messages.reports import WorkReport
+from common.scores import MAX_SCORES_BYTES
 from kvbaton.sampling import SamplingParams
 
 
@@ -23,7 +27,8 @@ class _Request(Message):
     `tokens` are the prompt and, when the request is placed again, its output so far;
     `num_prompt_tokens` tells where the output begins. `worker_id` is the member that the handoff
     was opened for: a later incarnation of it refuses. From `root_key` and the tokens follow the
-    keys of the blocks, and with them what their digests must be.
+    keys of the blocks, and with them what their digests must be. `request_id` and `traceparent` are
+    for logs.
     """
 
     handoff_id: str
@@ -35,6 +40,8 @@ class _Request(Message):
     num_prompt_tokens: Count
     sampling: SamplingParams
     choice: Count
+    request_id: RequestName = ""
+    traceparent: Traceparent = ""
 
 
 class Reserve(_Request, tag="reserve"):
@@ -53,7 +60,8 @@ class Prefill(_Request, tag="prefill"):
 
 
 class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One token of one request; `index` counts the request's output from 0."""
+    """One token of one request; `index` counts the request's output from 0. The first from a worker
+    that computed the prompt brings the `prompt_scores` that were asked for (common/scores.py)."""
 
     handoff_id: str
     index: Count
@@ -61,7 +69,8 @@ class OutputToken(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprob: float = 0.0
     top_logprobs: list[tuple[int, float]] = []
     finish_reason: str | None = None
-    since_joined_ms: float = 0.0  # with the first token from here: since it could be computed
+    report: WorkReport | None = None  # with the first token from here
+    prompt_scores: Annotated[bytes, msgspec.Meta(max_length=MAX_SCORES_BYTES)] = b""
 
 
 class OutputTokens(Message, tag="tokens"):
@@ -72,8 +81,10 @@ class OutputTokens(Message, tag="tokens"):
 
 
 class Dropped(Message, tag="dropped"):
-    """Worker to gateway: the request cannot go on here. It may be placed again."""
+    """Worker to gateway: the request cannot go on here. It may be placed again, unless `code` says
+    that the request itself is wrong; then `field` may name what in it."""
 
     handoff_id: str
     code: str
     message: str
+    field: str | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from common.messages.audits import AskAudit, AskWhy, Holdings
+from common.messages.audits import AskAudit, AskWhy, DropCache, Holdings
 from common.messages.base import Heartbeat, Hello, Leave, Stopped
 from common.messages.handoffs import (
     AbortHandoff,
@@ -31,19 +31,25 @@ from common.messages.handoffs import (
     Yield,
 )
 from common.messages.requests import Prefill, Reserve
-from kvbaton import protocol
+from kvbaton import protocol, questions
 from kvbaton.errors import ForbiddenError
 
 Rights = Mapping[str, frozenset[type[Any]]]  # by role
 
 _MEMBER = frozenset({Hello, Heartbeat, Leave, Stopped})
 _WORKER = _MEMBER | {Fill, Commit, Seal, Quit, Discard, Holdings}
-_CLIENT = frozenset({protocol.Hello, protocol.Ping, protocol.Generate, protocol.Cancel})
-_ADMIN = frozenset({protocol.Hello, protocol.Ping, protocol.Cancel, protocol.Audit, protocol.Why})
+_ANYBODY = frozenset({protocol.Hello, protocol.Ping, protocol.Cancel, questions.Models})
+_CLIENT = _ANYBODY | {
+    protocol.Generate,
+    questions.Score,
+    questions.Tokenize,
+    questions.Detokenize,
+}
+_ADMIN = _ANYBODY | {protocol.Audit, protocol.Why, questions.Stats}
 
 RIGHTS: Mapping[str, Rights] = {
     "kvstore": {
-        "gateway": _MEMBER | {OpenHandoff, AbortHandoff, AskAudit, AskWhy},
+        "gateway": _MEMBER | {OpenHandoff, AbortHandoff, AskAudit, AskWhy, DropCache},
         "prefill": _WORKER,
         "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
     },

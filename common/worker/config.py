@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import INSECURE_HELP, KEYS_HELP, setting
+from common.metrics_port import HOST_HELP, PORT_HELP
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class WorkerConfig:
     max_waiting: int = setting(1024, "requests that may wait for a place", low=0)
     mock_step_ms: float = setting(5.0, "mock engine: time of a step", low=0)
     mock_token_ms: float = setting(0.05, "mock engine: time of a token in a step", low=0)
+    metrics_host: str = setting("127.0.0.1", HOST_HELP)
+    metrics_port: int = setting(0, PORT_HELP, low=0)
     keys: str = setting("", KEYS_HELP)
     insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")

@@ -36,12 +36,12 @@ class Endings:
         self._answer = answer
         self._store_of = store_of
 
-    def drop(self, sequence: Sequence, code: str, reason: str) -> None:
+    def drop(self, sequence: Sequence, code: str, reason: str, *, field: str | None = None) -> None:
         """Give a sequence up and tell its gateway, which may place it again."""
         if sequence.is_over:
             return
-        log.info("sequence_dropped", handoff=sequence.handoff_id, code=code, reason=reason)
-        dropped = Dropped(handoff_id=sequence.handoff_id, code=code, message=reason)
+        log.info("sequence_dropped", **sequence.names, code=code, reason=reason)
+        dropped = Dropped(handoff_id=sequence.handoff_id, code=code, message=reason, field=field)
         self._answer(sequence.gateway, dropped)
         self.abort(sequence)
 

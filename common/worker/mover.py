@@ -12,10 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.kv.integrity import block_digest
-from common.messages import BlockBytes, CorruptError, GetBlocks, PutBlocks, StaleError
+from common.messages import (
+    BlockBytes,
+    CorruptError,
+    GetBlocks,
+    PutBlocks,
+    StaleError,
+    WorkerCounts,
+)
 from common.net.link import Link
+from common.seams import Clock
 from common.worker.sequence import Piece
-from kvbaton.errors import ProtocolError
+from kvbaton.errors import KvbatonError, ProtocolError
 
 BYTES_IN_FLIGHT = 8 * 1024 * 1024  # each way: what may be on its way before an answer came
 MESSAGE_BYTES = 1024 * 1024  # a message's share, small so that neither end's loop stalls on it
@@ -78,10 +86,19 @@ class ZmqMover:
 
     moves = True
 
-    def __init__(self, link: Link, arena: memoryview, block_bytes: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        arena: memoryview,
+        block_bytes: int,
+        counts: WorkerCounts,
+        clock: Clock,
+    ) -> None:
         self._link = link
         self._arena = arena
         self._block_bytes = block_bytes
+        self._counts = counts
+        self._clock = clock
         self._batch = max(1, MESSAGE_BYTES // block_bytes)
         self._credits = asyncio.Semaphore(max(1, BYTES_IN_FLIGHT // (self._batch * block_bytes)))
         self._stamps: dict[int, int] = {}  # what each block is, as far as we were told
@@ -173,8 +190,15 @@ class ZmqMover:
 
         async def move_batch(batch: Sequence[Piece]) -> None:
             async with self._credits:
-                await move(batch)
-                self.num_bytes_moved += len(batch) * self._block_bytes
+                started_at = self._clock.now()
+                try:
+                    await move(batch)
+                except KvbatonError:
+                    self._counts.num_transfers_failed += 1
+                    raise
+                num_bytes = len(batch) * self._block_bytes
+                self.num_bytes_moved += num_bytes
+                self._counts.transfer(num_bytes, self._clock.now() - started_at)
 
         batches = [pieces[i : i + self._batch] for i in range(0, len(pieces), self._batch)]
         moves = (move_batch(batch) for batch in batches)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from common.cluster_metrics import WorkerRow, worker_families
 from common.engine.work import Engine, Sampled, Work
 from common.messages import (
     Claim,
@@ -32,22 +33,29 @@ from common.messages import (
     StaleError,
     ToWorker,
     Welcome,
+    WorkerCounts,
     decoder,
 )
 from common.messages.rights import RIGHTS
+from common.metrics import exposition, render
+from common.metrics_port import MetricsPort
 from common.net.server import Server
 from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
 from common.worker.holdings import holdings
 from common.worker.mover import CorruptPiecesError
+from common.worker.progress import Progress
 from common.worker.publisher import Publisher
+from common.worker.pull_rate import PullRate
 from common.worker.role import Role
 from common.worker.sequence import Piece, Sequence
+from common.worker.step_fit import StepFits
 from common.worker.steps import StepLoop
 from common.worker.store_link import StoreLink
 from common.worker.stores import Stores
 from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
+from kvbaton.traceparent import trace_id
 
 log = structlog.get_logger()
 
@@ -70,15 +78,19 @@ class WorkerRuntime:
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.tasks = Tasks(self._fail)
         self.is_draining = False
+        self.step_fits = StepFits(config.max_num_batched_tokens)
+        self.pull_rate = PullRate()
         self._instance_id = seams.rng.new_id()
         self._role_name = role_name
         self._make_engine = make_engine
         self._make_role = make_role
+        self._counts = WorkerCounts()
         self._outputs: dict[bytes, list[OutputToken]] = {}
         self._engine: Engine | None = None
         self._server: Server | None = None
         self._steps: StepLoop | None = None
         self._stores: Stores | None = None
+        self._metrics = MetricsPort(self.metrics)
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -90,7 +102,9 @@ class WorkerRuntime:
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
         self.publisher = Publisher(self.tasks, self.endings)
-        steps = self._steps = StepLoop(engine, self, self.endings, self.seams.clock)
+        steps = self._steps = StepLoop(
+            engine, self, self.endings, self.seams.clock, fits=self.step_fits, counts=self._counts
+        )
         self._server = Server(
             self.seams.transport,
             self.config.bind,
@@ -113,11 +127,13 @@ class WorkerRuntime:
             self.config.stores.split(","),
             describe=self._describe,
             load=self.role.load,
+            counts=self.counts,
             handle=self._on_store,
         )
         await first_of(self.tasks.spawn(stores.attached.wait(), "attach"), self.failed)
         if self.failed.done():
             raise self.failed.result()
+        await self._metrics.open(self.config.metrics_host, self.config.metrics_port)
         self.tasks.spawn(steps.run(), "step-loop")
         log.info("worker_ready", endpoint=self._server.endpoint, model=self.config.model)
 
@@ -141,6 +157,7 @@ class WorkerRuntime:
         log.info("worker_drained", num_tokens_computed=self.num_tokens_computed)
 
     async def close(self) -> None:
+        self._metrics.close()
         await self.tasks.close()
         if self._stores is not None:
             self._stores.close()
@@ -236,10 +253,16 @@ class WorkerRuntime:
             logprob=sampled.logprob,
             top_logprobs=list(sampled.top_logprobs),
             finish_reason=finish_reason,
+            prompt_scores=sequence.take_scores(),
         )
-        if sequence.joined_at:
-            token.since_joined_ms = (self.seams.clock.now() - sequence.joined_at) * 1000
-            sequence.joined_at = 0.0
+        if sequence.progress.joined_at:
+            token.report = sequence.progress.report(
+                self.seams.clock.now(),
+                arrived_at=sequence.arrived_at,
+                num_moved=sequence.num_moved,
+                block_bytes=self.info.layout.block_bytes,
+            )
+            sequence.progress = Progress(num_blocks_before=sequence.num_moved)
         self._outputs.setdefault(sequence.gateway, []).append(token)
 
     # ---- sequences ----------------------------------------------------------------------------
@@ -266,6 +289,7 @@ class WorkerRuntime:
             choice=message.choice,
             arrived_at=self.seams.clock.now(),
             block_size=self.block_size,
+            names=_names(message),
         )
 
     async def take_blocks(self, sequence: Sequence, step: Fill | Claim) -> bool:
@@ -276,6 +300,8 @@ class WorkerRuntime:
         store = self.store_of(sequence)
         with self.endings.using(sequence):
             try:
+                assert self._engine is not None
+                await self._engine.prepare(sequence.sampling)
                 # Without a time limit: an answer that nobody waits for would leak what it grants.
                 table = await store.link.call(step, timeout_s=None)
                 assert isinstance(table, Granted)
@@ -288,7 +314,7 @@ class WorkerRuntime:
             except StaleError:
                 self.endings.abort(sequence)
             except KvbatonError as error:
-                self.endings.drop(sequence, error.code, error.message)
+                self.endings.drop(sequence, error.code, error.message, field=error.field)
         return not sequence.is_over
 
     async def pull(self, sequence: Sequence, blocks: list[tuple[int, int]]) -> None:
@@ -300,11 +326,15 @@ class WorkerRuntime:
         handoff_id, epoch = sequence.handoff_id, sequence.epoch
         pieces = [Piece(index, block, sequence.digest_key(index)) for index, block in blocks]
         try:
-            sequence.num_moved += await store.mover.pull(
+            began_at = self.seams.clock.now()
+            num_moved = await store.mover.pull(
                 handoff_id, epoch, pieces, lambda: not sequence.is_over
             )
+            sequence.num_moved += num_moved
+            num_bytes = num_moved * self.info.layout.block_bytes
+            self.pull_rate.add(num_bytes, self.seams.clock.now() - began_at)
         except CorruptPiecesError as error:
-            log.error("blocks_corrupt", handoff=handoff_id, indexes=error.indexes)
+            log.error("blocks_corrupt", **sequence.names, indexes=error.indexes)
             store.link.send(Discard(handoff_id=handoff_id, epoch=epoch, indexes=error.indexes))
             raise UnavailableError(error.message) from error
 
@@ -324,6 +354,21 @@ class WorkerRuntime:
         """Positions that the engine has computed since its start."""
         return self._steps.num_tokens_computed if self._steps else 0
 
+    def counts(self) -> WorkerCounts:
+        """What this process has counted so far."""
+        if self._server is not None:
+            self._counts.num_messages_refused = self._server.refusals.num
+        return self._counts
+
+    def metrics(self) -> bytes:
+        """For its own /metrics."""
+        row = WorkerRow(self.config.name, self._role_name, self.role.load(), self.counts())
+        return exposition() + render(worker_families([row]))
+
+    def preempted(self) -> None:
+        """A sequence has given way to others."""
+        self._counts.num_preemptions += 1
+
     def wake(self) -> None:
         """There may be something to do."""
         if self._steps is not None:
@@ -335,7 +380,7 @@ class WorkerRuntime:
         return self.role.plan()
 
     def advance(self, sequence: Sequence, work: Work, sampled: Sampled | None) -> None:
-        sequence.num_computed += work.num_tokens
+        sequence.computed(work)
         self.publisher.publish(self.store_of(sequence), sequence)
         if sampled is not None:
             sequence.tokens.append(sampled.token_id)
@@ -347,4 +392,14 @@ class WorkerRuntime:
         outputs, self._outputs = self._outputs, {}
         load = self.role.load()
         for peer, tokens in outputs.items():
-            self.answer(peer, OutputTokens(tokens=tokens, load=load))
+            # Scores are large: no two of them share a message.
+            parts = [[token] for token in tokens if token.prompt_scores]
+            parts.append([token for token in tokens if not token.prompt_scores])
+            for part in filter(None, parts):
+                self.answer(peer, OutputTokens(tokens=part, load=load))
+
+
+def _names(message: Prefill | Reserve) -> dict[str, str]:
+    """What log lines about a request go by, here as at its gateway and its store."""
+    names = {"handoff": message.handoff_id, "request": message.request_id}
+    return names | ({"trace": trace_id(message.traceparent)} if message.traceparent else {})

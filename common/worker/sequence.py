@@ -8,6 +8,7 @@ from typing import NamedTuple
 from common.engine.work import ModelInfo, Work
 from common.kv.hashing import block_key
 from common.messages import Granted, Message
+from common.worker.progress import Progress
 from kvbaton.sampling import SamplingParams
 
 
@@ -40,7 +41,8 @@ class Sequence:
     choice: int
     arrived_at: float
     block_size: int
-    joined_at: float = 0.0  # when it could first be planned; 0 once its gateway has been told
+    names: dict[str, str] = field(default_factory=dict)  # what log lines about it say
+    progress: Progress = field(default_factory=Progress)  # since its gateway was last told
     first_slot: int = 0  # what to add to a block's number to find it in the engine's memory
     blocks: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)  # where the blocks lie
@@ -51,12 +53,15 @@ class Sequence:
     pulled: set[int] = field(default_factory=set)  # places in the table, pulled before it was known
     num_moved: int = 0  # blocks whose bytes came for this sequence
     num_uses: int = 0  # steps, moves and calls under way that read or write its blocks
+    awaits_scores: bool = False  # of the prompt: they leave with the first token drawn here
     is_over: bool = False  # aborted or finished: nothing more is computed for it
     ending: Message | None = None  # what the store is told once nothing uses it any more
     _keys: list[bytes] = field(default_factory=list)
+    _scores: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
         self.num_known_keys = len(self.tokens) // self.block_size
+        self.awaits_scores = self.sampling.prompt_logprobs is not None
 
     @property
     def num_outputs(self) -> int:
@@ -80,6 +85,7 @@ class Sequence:
         """Go on from a prompt that prefill computed whole, after the token it drew."""
         self.num_computed = len(self.tokens)
         self.tokens.append(first_token)
+        self.awaits_scores = False
 
     def grow(self, block: int) -> None:
         """Take a block for the positions to come."""
@@ -102,7 +108,24 @@ class Sequence:
             sampling=self.sampling,
             choice=self.choice,
             sample=self.num_computed + num_tokens == len(self.tokens),
+            prompt_logprobs=self.sampling.prompt_logprobs if self.awaits_scores else None,
         )
+
+    def computed(self, work: Work) -> None:
+        """A step has computed the positions of `work`."""
+        self.num_computed += work.num_tokens
+        if work.scores:
+            begin = len(work.scores) // work.num_scored * work.start
+            # What is computed again, after a suspension, is scored again. Beyond a gap, which
+            # blocks of another request would leave, nothing is kept: the gateway misses rows.
+            if begin <= len(self._scores):
+                self._scores[begin:] = work.scores
+
+    def take_scores(self) -> bytes:
+        """The scores of the prompt (common/scores.py); none but for the first who asks."""
+        scores, self._scores = bytes(self._scores), bytearray()
+        self.awaits_scores = False
+        return scores
 
     def new_blocks(self) -> tuple[int, list[int], list[bytes]]:
         """Blocks that became full since the last call: first index, block ids, keys.

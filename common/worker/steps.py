@@ -9,9 +9,11 @@ from typing import Protocol
 import structlog
 
 from common.engine.work import Engine, Sampled, Work
+from common.messages import WorkerCounts
 from common.seams import Clock
 from common.worker.endings import Endings
 from common.worker.sequence import Sequence
+from common.worker.step_fit import StepFits
 
 log = structlog.get_logger()
 
@@ -34,15 +36,26 @@ class Planner(Protocol):
 class StepLoop:
     """Runs an engine for a planner. `wake` is set when there may be something to do."""
 
-    def __init__(self, engine: Engine, planner: Planner, endings: Endings, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        planner: Planner,
+        endings: Endings,
+        clock: Clock,
+        *,
+        fits: StepFits,
+        counts: WorkerCounts,
+    ) -> None:
         self.wake = asyncio.Event()
         self.engine_free = asyncio.Lock()  # held while a step runs
         self.tokens_per_s = 0.0
+        self.fits = fits
         self.num_tokens_computed = 0
         self._engine = engine
         self._planner = planner
         self._endings = endings
         self._clock = clock
+        self._counts = counts
 
     async def run(self) -> None:
         """Never ends."""
@@ -60,21 +73,31 @@ class StepLoop:
             self._endings.hold(sequence)
         started_at = self._clock.now()
         results = await self._compute([work for _, work in plan])
-        self._measure(plan, self._clock.now() - started_at)
+        ended_at = self._clock.now()
+        num_tokens = self._measure(plan, ended_at - started_at)
         for (sequence, work), result in zip(plan, results, strict=True):
+            if sequence.progress.joined_at:
+                sequence.progress.step(started_at, ended_at, work.num_tokens, num_tokens)
             if isinstance(result, Exception):
                 self._endings.drop(sequence, "internal_error", f"the engine failed: {result}")
+            elif work.error is not None:
+                error = work.error
+                self._endings.drop(sequence, error.code, error.message, field=error.field)
             elif not sequence.is_over:
                 self._planner.advance(sequence, work, result)
             self._endings.release(sequence)
         self._planner.step_ended()
 
-    def _measure(self, plan: list[tuple[Sequence, Work]], step_s: float) -> None:
+    def _measure(self, plan: list[tuple[Sequence, Work]], step_s: float) -> int:
+        """Returns how many tokens the step computed."""
+        self.fits.add([work for _, work in plan], step_s)
         num_tokens = sum(work.num_tokens for _, work in plan)
         self.num_tokens_computed += num_tokens
+        self._counts.step(num_tokens, step_s)
         rate = num_tokens / max(step_s, 1e-6)
         share = _RATE_SHARE if self.tokens_per_s else 1.0
         self.tokens_per_s += share * (rate - self.tokens_per_s)
+        return num_tokens
 
     async def _compute(self, works: list[Work]) -> Many[Sampled | Exception | None]:
         """Run a step. If it fails run each work alone, so that one bad request fails no other."""

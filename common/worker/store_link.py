@@ -23,6 +23,7 @@ from common.messages import (
     Member,
     Message,
     Welcome,
+    WorkerCounts,
     decoder,
 )
 from common.net.link import Link
@@ -54,6 +55,7 @@ class StoreLink:
         *,
         describe: Callable[[str], Member],
         load: Callable[[], Load],
+        counts: Callable[[], WorkerCounts],
         handle: Callable[[StoreLink, Message], None],
         rejoin: Callable[[StoreLink], None],
         refused: Callable[[KvbatonError], None],
@@ -70,6 +72,7 @@ class StoreLink:
         self._tasks = tasks
         self._describe = describe
         self._load = load
+        self._counts = counts
         self._handle = handle
         self._rejoin = rejoin
         self._refused = refused
@@ -128,7 +131,7 @@ class StoreLink:
             if self._data is not None:
                 self._data.close()
             self._data = self._data_link()
-            self.mover = ZmqMover(self._data, arena, block_bytes)
+            self.mover = ZmqMover(self._data, arena, block_bytes, self._counts(), self._seams.clock)
         self._is_ready = True
         self.tell()
 
@@ -150,15 +153,17 @@ class StoreLink:
 
     def tell(self) -> None:
         """Say how we are now, not with the next heartbeat."""
-        self.link.send(Heartbeat(load=self._load(), ready=self._is_ready))
+        self.link.send(self._heartbeat())
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(load=self._load(), ready=self._is_ready, counts=self._counts())
 
     async def _beat(self) -> None:
         while True:
             interval_s = self.welcome.heartbeat_s
             await asyncio.sleep(interval_s)
-            beat = Heartbeat(load=self._load(), ready=self._is_ready)
             try:
-                await self.link.call(beat, timeout_s=interval_s * HEARTBEATS_MISSED)
+                await self.link.call(self._heartbeat(), timeout_s=interval_s * HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
             if self._data is not None and self._data.is_waiting:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from common.config import StartError
 from common.engine.work import Engine
 from common.kv.arena import NoArenaError
-from common.messages import Heartbeat, Load, Member, Message
+from common.messages import Heartbeat, Load, Member, Message, WorkerCounts
 from common.service import Seams, Tasks
 from common.worker.memory import WorkerMemory
 from common.worker.store_link import StoreLink
@@ -54,6 +54,7 @@ class Stores:
         *,
         describe: Callable[[str], Member],
         load: Callable[[], Load],
+        counts: Callable[[], WorkerCounts],
         handle: Callable[[StoreLink, Message], None],
     ) -> None:
         """Say hello to every store."""
@@ -66,6 +67,7 @@ class Stores:
                 self._tasks,
                 describe=describe,
                 load=load,
+                counts=counts,
                 handle=handle,
                 rejoin=self._welcomed,
                 refused=self._refused,

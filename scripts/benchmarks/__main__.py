@@ -15,9 +15,11 @@ CASES = {
     "colocated": "how to use all cores of a small machine",
     "engine": "decode step against what memory and products allow; prefill",
     "eviction": "which cached blocks to keep: hit rates of a trace, alone and amid a flood",
+    "gateway": "what the gateway itself costs, beside a bare server; idle streams",
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",
     "overload": "goodput at more load than can be served, beside its peak",
+    "placement": "first tokens of a trace by placement policy, on virtual time",
     "store": "handoffs, lookups and bytes a second of a KV store on one core",
 }
 

@@ -21,7 +21,9 @@ from common.messages import (
     Release,
     Seal,
     Sealed,
+    WorkerCounts,
 )
+from common.seams import LiveClock
 from common.worker.mover import ZmqMover
 from common.worker.sequence import Piece
 from scripts.benchmarks.store_handoffs import open_message, random_keys
@@ -67,6 +69,8 @@ class MovedPrompt:
                 await self._members.data_link(role),
                 random_blocks(welcome.num_blocks),
                 LAYOUT.block_bytes,
+                WorkerCounts(),
+                LiveClock(),
             )
             for role in ("prefill", "decode")
         ]

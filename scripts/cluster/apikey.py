@@ -14,6 +14,7 @@ from services.gateway.api_keys import Entry, add_key
 
 EXIT_FAILED = 1
 _LIMITS = ("requests-per-minute", "tokens-per-minute", "tokens-per-day")
+_TARGETS = ("ttft-target-ms", "tpot-target-ms")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tenant", required=True, help="tenants share nothing with each other")
     for limit in _LIMITS:
         parser.add_argument(f"--{limit}", type=int, metavar="N", help="default: no limit")
+    for target in _TARGETS:
+        parser.add_argument(f"--{target}", type=float, metavar="MS", help="default: the server's")
     parser.add_argument(
         "--share-cache-with", metavar="TENANT", help="share the cached prompts of another tenant"
     )

@@ -15,12 +15,14 @@ from scripts.cluster.ports import (
     MAX_STORES,
     ClusterError,
     client_port,
+    metrics_port,
     store_ports,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS_VARIABLE = "KVBATON_KEYS"
 INSECURE_VARIABLE = "KVBATON_INSECURE"
+METRICS_VARIABLE = "KVBATON_METRICS_BASE"
 KEYS_FOLDER = ROOT / ".run" / "keys"  # of the clusters of this checkout, unless another is named
 ROLES = ("gateway", "kvstore", "prefill", "decode")
 
@@ -65,6 +67,10 @@ def service_settings(identity: Identity, environ: Mapping[str, str]) -> dict[str
         settings["KVBATON_HTTP_PORT"] = str(http_port)
         port = client_port(http_port, identity.instance)
         settings["KVBATON_BIND"] = f"tcp://127.0.0.1:{port}"
+    if METRICS_VARIABLE in environ:
+        base = _number(environ, METRICS_VARIABLE, 0)
+        port = metrics_port(base, identity.role, identity.instance)
+        settings["KVBATON_METRICS_PORT"] = str(port)
     if identity.role in ("prefill", "decode"):
         # OpenMP threads that spin take the cores of the neighbouring processes.
         settings["OMP_WAIT_POLICY"] = "passive"

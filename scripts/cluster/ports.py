@@ -16,6 +16,9 @@ _CLIENTS = 5555
 _STORES = 5570
 _PLACE_WIDTH = 40
 NUM_PLACES = 680
+# Where a role's ports with metrics begin, above the base, and how many there are.
+_METRICS = {"gateway": (0, 20), "kvstore": (20, 20), "prefill": (40, 100), "decode": (140, 100)}
+_MAX_METRICS_BASE = 65535 - 240
 
 
 class ClusterError(ValueError):
@@ -50,6 +53,20 @@ def store_ports(http_port: int, instance: int) -> StorePorts:
         raise ClusterError(f"a host runs kvstore.1 to kvstore.{MAX_STORES}, got number {instance}")
     control = _STORES + _shift(http_port) + 2 * (instance - 1)
     return StorePorts(control, control + 1)
+
+
+def metrics_port(base: int, role: str, instance: int) -> int:
+    """Where process number `instance` (from 1) of a role shows its metrics. Raises ClusterError."""
+    if not 1 <= base <= _MAX_METRICS_BASE:
+        raise ClusterError(
+            f"KVBATON_METRICS_BASE must be from 1 to {_MAX_METRICS_BASE}, got {base}"
+        )
+    first, most = _METRICS[role]
+    if instance > most:
+        raise ClusterError(
+            f"KVBATON_METRICS_BASE gives ports to {role}.1 to {role}.{most}, got number {instance}"
+        )
+    return base + first + instance - 1
 
 
 def cluster_ports(http_port: int, num_gateways: int, num_stores: int) -> dict[int, str]:

@@ -58,7 +58,7 @@ class Departure:
             try:
                 await self._hand_over(sequence)
             except KvbatonError as error:
-                log.info("yield_failed", handoff=sequence.handoff_id, reason=error.message)
+                log.info("yield_failed", **sequence.names, reason=error.message)
         self._yielding.discard(sequence)
         runtime.endings.drop(sequence, "unavailable", _REASON)
 

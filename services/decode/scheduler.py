@@ -55,11 +55,13 @@ class DecodeScheduler:
         """Sequences whose blocks one store holds."""
         return sum(sequence.store == store for sequence in self._active)
 
-    def num_tokens_queued(self) -> int:
-        """Prompt tokens still to be computed here."""
-        return sum(
-            sequence.num_uncomputed for sequence in self._active if sequence.num_uncomputed > 1
-        )
+    def prompts(self) -> list[Sequence]:
+        """Those that are not computed up to their newest token."""
+        return [sequence for sequence in self._active if sequence.num_uncomputed > 1]
+
+    def num_context_tokens(self) -> int:
+        """Positions that the next token of each running sequence attends to."""
+        return sum(len(seq.tokens) for seq in self._active if seq.num_uncomputed == 1)
 
     def plan(self, leases: Many[BlockLease]) -> Plan:
         """The next step. A sequence without a block for its next token sits it out."""

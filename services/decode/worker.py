@@ -68,14 +68,19 @@ class DecodeRole:
         self._departure = Departure(runtime, self._scheduler, self._places, self.sequences)
         self._over: OrderedDict[str, None] = OrderedDict()  # ended before they were asked for here
         self._max_held = config.max_num_seqs + config.max_waiting
-        self.num_preemptions = 0
 
     def load(self) -> Load:
+        fits, prompts = self._runtime.step_fits, self._scheduler.prompts()
         return Load(
             num_running=self._places.num_taken,
             num_waiting=len(self._sequences) - self._places.num_taken,
-            num_tokens_queued=self._scheduler.num_tokens_queued(),
+            num_tokens_queued=sum(seq.num_uncomputed for seq in prompts),
+            queued_s=fits.queued_s(prompts),
+            num_context_tokens=self._scheduler.num_context_tokens(),
             tokens_per_s=self._runtime.tokens_per_s,
+            prompt_steps=fits.prompts,
+            token_steps=fits.tokens,
+            pulled_bytes_per_s=self._runtime.pull_rate.bytes_per_s,
             is_draining=self._runtime.is_draining,
         )
 
@@ -178,11 +183,11 @@ class DecodeRole:
             try:
                 await self._runtime.pull(sequence, blocks)
             except KvbatonError as error:
-                log.info("pull_failed", handoff=sequence.handoff_id, reason=error.message)
+                log.info("pull_failed", **sequence.names, reason=error.message)
                 sequence.pulled.difference_update(indexes)  # tried again when we claim
 
     async def _claim(self, sequence: Sequence, first_token: int) -> None:
-        num_moved = sequence.num_moved
+        sequence.progress.num_early_blocks = num_moved = sequence.num_moved
         if pulls := self._pulls.pop(sequence.handoff_id, None):
             await asyncio.wait(pulls)
         step = Claim(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
@@ -190,7 +195,7 @@ class DecodeRole:
             sequence.claimed(first_token)
             log.info(
                 "handoff_claimed",
-                handoff=sequence.handoff_id,
+                **sequence.names,
                 num_blocks=len(sequence.blocks),
                 num_moved=sequence.num_moved,
                 num_moved_late=sequence.num_moved - num_moved,  # after prefill was done
@@ -203,7 +208,7 @@ class DecodeRole:
             self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
-        sequence.joined_at = self._runtime.seams.clock.now()
+        sequence.progress.joined_at = self._runtime.seams.clock.now()
         self._scheduler.add(sequence)
         self._runtime.wake()
 
@@ -234,8 +239,9 @@ class DecodeRole:
         await runtime.publisher.settle(sequence)
         if sequence.is_over:
             return
-        self.num_preemptions += 1
-        log.info("sequence_preempted", handoff=sequence.handoff_id, tokens=len(sequence.tokens))
+        runtime.preempted()
+        sequence.progress.suspended_at = runtime.seams.clock.now()
+        log.info("sequence_preempted", **sequence.names, tokens=len(sequence.tokens))
         store.lease.add(sequence.blocks[sequence.num_committed :])
         sequence.lose_blocks()
         self._places.leave(sequence.handoff_id)

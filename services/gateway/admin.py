@@ -12,11 +12,11 @@ import msgspec
 import structlog
 
 from common.config import StartError
-from common.messages import AskAudit, AskWhy, Audited, Message, Told
+from common.messages import AskAudit, AskWhy, Audited, CacheDropped, DropCache, Message, Told
 from common.seams import Clock
 from kvbaton import protocol
 from kvbaton.admin import StoreAudit, StoreHistory
-from kvbaton.errors import ForbiddenError, InvalidRequestError, KvbatonError
+from kvbaton.errors import ForbiddenError, InvalidRequestError, KvbatonError, UnavailableError
 from kvbaton.keys import OTHERS, read_with_mode
 from services.gateway.peers import Store
 
@@ -133,6 +133,18 @@ async def _history(store: Store, ask: AskWhy) -> StoreHistory:
     except KvbatonError as error:
         history = StoreHistory(problem=error.message)
     return msgspec.structs.replace(history, store=store.index, endpoint=store.link.endpoint)
+
+
+async def drop_cache(stores: Sequence[Store]) -> int:
+    """Nobody shall find what these stores have cached by now. Returns how many blocks that were.
+    Raises UnavailableError for a store that does not answer: what it has may still be found."""
+    try:
+        answers = await asyncio.gather(
+            *(_ask(store, DropCache(), CacheDropped) for store in stores)
+        )
+    except KvbatonError as error:
+        raise UnavailableError(f"a KV store may still have its cache: {error.message}") from error
+    return sum(answer.num_blocks for answer in answers)
 
 
 async def _ask(store: Store, message: Message, kind: type[M]) -> M:

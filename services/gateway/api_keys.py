@@ -7,6 +7,8 @@
     requests_per_minute = 600    # optional, as all below
     tokens_per_minute = 100000
     tokens_per_day = 5000000
+    ttft_target_ms = 500         # meant times to the first token, and for each later one
+    tpot_target_ms = 50
     share_cache_with = "other"   # a tenant of this file, whose cached prompts this key shares
     operator = true              # may read /metrics, which tells about all tenants
 
@@ -27,6 +29,7 @@ import msgspec
 
 from common.config import StartError
 from kvbaton.keys import OTHERS, read_with_mode
+from services.gateway.backend import NO_TARGETS, Targets
 from services.gateway.quotas import Limits, Quota
 
 HOW_TO_MAKE_ONE = "scripts/apikey FILE --name NAME --tenant TENANT"
@@ -35,6 +38,7 @@ _MAX_KEYS = 1024  # each is compared with each request's
 _PREFIX = "kvb-"  # what scanners for leaked keys look for
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=10**9)]
 Amount = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
 
 
@@ -47,6 +51,8 @@ class Entry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     requests_per_minute: Amount | None = None
     tokens_per_minute: Amount | None = None
     tokens_per_day: Amount | None = None
+    ttft_target_ms: Milliseconds | None = None
+    tpot_target_ms: Milliseconds | None = None
     share_cache_with: Name | None = None
     operator: bool = False
 
@@ -56,11 +62,20 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Caller:
-    """Whose request it is. `cache_tenant`: whose cached prompts it shares."""
+    """Whose request it is. `cache_tenant`: whose cached prompts it shares. `targets` are those of
+    its requests that name none."""
 
     def __init__(
-        self, tenant: str, cache_tenant: str, quota: Quota, *, is_operator: bool, name: str = ""
+        self,
+        tenant: str,
+        cache_tenant: str,
+        quota: Quota,
+        *,
+        is_operator: bool,
+        name: str = "",
+        targets: Targets = NO_TARGETS,
     ) -> None:
+        self.targets = targets
         self.name = name
         self.tenant = tenant
         self.cache_tenant = cache_tenant
@@ -175,4 +190,5 @@ def _caller(entry: Entry, now: float) -> Caller:
         Quota(limits, now),
         is_operator=entry.operator,
         name=entry.name,
+        targets=Targets(entry.ttft_target_ms or 0.0, entry.tpot_target_ms or 0.0),
     )

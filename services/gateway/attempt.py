@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TypeVar
 
-from common.kv.hashing import prompt_keys, root_key, tenant_tag
+import msgspec
+
+from common.kv.hashing import tenant_tag
 from common.messages import (
     HandoffOpened,
     OpenHandoff,
@@ -15,19 +16,13 @@ from common.messages import (
     Reserve,
 )
 from kvbaton.errors import KvbatonError
-from services.gateway.peers import Store, Worker
+from services.gateway.assignment import Assignment, Place
+from services.gateway.backend import Targets
+from services.gateway.peers import Worker
 from services.gateway.stream import RequestStream
+from services.gateway.timeline import AttemptTimes
 
 R = TypeVar("R", Reserve, Prefill)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request is served. Colocated, `prefill` is `decode`."""
-
-    store: Store
-    prefill: Worker
-    decode: Worker
 
 
 class Attempt:
@@ -37,25 +32,23 @@ class Attempt:
         """`after`: the handoff that the request had at this store before."""
         self.stream = stream
         self.place = place
+        self.times: AttemptTimes  # from when it is begun
         self.handoff_id = ""
         self.after = after
         self.outcome: asyncio.Future[KvbatonError | None]
         self.outcome = asyncio.get_running_loop().create_future()
-        self._tokens = [*stream.request.prompt, *stream.tokens]
+        self._assignment: Assignment  # from when it is begun
+        self._tokens = place.tokens
+        # What has come of the prompt's log-probabilities is not computed again.
+        self._sampling = stream.request.sampling
+        if not stream.awaits_prompt_logprobs:
+            self._sampling = msgspec.structs.replace(self._sampling, prompt_logprobs=None)
         self._num_before = len(stream.tokens)
         self._num_looked_at = -1
-        self._num_to_prefill = len(self._tokens)
         self._prefill_id = place.prefill.member_ids[place.store.index]
         self._decode_id = place.decode.member_ids[place.store.index]
-        secret, request = place.store.welcome.cache_secret, stream.request
-        fingerprint = place.decode.member.fingerprint
-        self._root_key = root_key(secret, request.tenant, fingerprint, request.cache_salt)
-        self._tenant = tenant_tag(secret, request.tenant)
+        self._tenant = tenant_tag(place.store.welcome.cache_secret, stream.request.tenant)
         stream.restart()
-        for worker in dict.fromkeys((place.prefill, place.decode)):
-            worker.num_assigned += 1
-            worker.num_placed += 1
-        place.prefill.num_tokens_assigned += self._num_to_prefill
 
     def uses(self, worker: Worker) -> bool:
         """Whether this still needs the worker."""
@@ -72,18 +65,14 @@ class Attempt:
         if not self.outcome.done():
             self.outcome.set_result(error)
 
-    def prefilled(self) -> None:
-        """The prompt is computed: prefill has done its part."""
-        if self._num_to_prefill:
-            self.place.prefill.num_tokens_assigned -= self._num_to_prefill
-            self._num_to_prefill = 0
-            if self.place.prefill is not self.place.decode:
-                self.place.prefill.num_assigned -= 1
+    def opened(self, opened: HandoffOpened) -> None:
+        """The store has the handoff."""
+        self.handoff_id = opened.handoff_id
+        self._assignment.opened(opened.num_cached_blocks)
 
-    def close(self) -> None:
+    def close(self, now: float) -> None:
         """Give back what is counted at the workers."""
-        self.prefilled()
-        self.place.decode.num_assigned -= 1
+        self._assignment.close(now)
 
     @property
     def left(self) -> str:
@@ -96,26 +85,41 @@ class Attempt:
         """Whether the last token has come."""
         return self.outcome.done() and self.outcome.result() is None
 
-    def open_message(self, block_size: int) -> OpenHandoff:
+    def open_message(self) -> OpenHandoff:
         """Asks the store for room; the tenant's keys are its own."""
         return OpenHandoff(
             request_id=self.stream.request_id,
             prefill_id=self._prefill_id,
             decode_id=self._decode_id,
             tenant=self._tenant,
-            root_key=self._root_key,
-            keys=prompt_keys(self._root_key, self._tokens, block_size),
+            root_key=self.place.root_key,
+            keys=self.place.keys,
             num_tokens=len(self._tokens),
             after=self.after,
+            traceparent=self.stream.timeline.traceparent,
         )
 
-    async def start(self, opened: HandoffOpened) -> None:
+    def begin(self, targets: Targets, now: float) -> None:
+        """The attempt begins."""
+        self._assignment = Assignment(self.place, targets, now)
+        timeline, place = self.stream.timeline, self.place
+        timeline.prefill_worker = place.prefill.member.name
+        timeline.decode_worker = place.decode.member.name
+        self.times = timeline.attempts.begin(
+            timeline.num_attempts,
+            now,
+            timeline.prefill_worker,
+            timeline.decode_worker,
+            self.stream.placement,
+        )
+
+    async def start(self, opened: HandoffOpened, now: float) -> None:
         """Take a place at decode, then have the prompt computed. Raises what they answer."""
         place = self.place
         colocated = place.prefill is place.decode
         reserve = self._request(Reserve, opened, self._decode_id)
         if opened.is_whole:
-            self.prefilled()
+            self._assignment.prefilled(now)
             *reserve.tokens, reserve.first_token = self._tokens
         else:
             reserve.prefill_here = colocated
@@ -130,11 +134,13 @@ class Attempt:
             epoch=opened.epoch,
             worker_id=worker_id,
             store=self.place.store.index,
-            root_key=self._root_key,
+            root_key=self.place.root_key,
             tokens=self._tokens,
             num_prompt_tokens=len(request.prompt),
-            sampling=request.sampling,
+            sampling=self._sampling,
             choice=request.choice,
+            request_id=request.request_id,
+            traceparent=self.stream.timeline.traceparent,
         )
 
     def on_token(self, worker: Worker, token: OutputToken, now: float) -> None:
@@ -143,11 +149,22 @@ class Attempt:
         if self.outcome.done():
             return
         timeline = self.stream.timeline
-        self.prefilled()
+        if len(self.stream.tokens) == self._num_before:
+            self._assignment.prefilled(now)
         timeline.first_token_at = timeline.first_token_at or now
         timeline.prefilled_at = timeline.prefilled_at or now
-        if worker is self.place.decode and token.since_joined_ms:
-            timeline.handed_over_at = now - token.since_joined_ms / 1000
-        if self.stream.deliver(token):
+        is_decode = worker is self.place.decode
+        if token.report is not None:
+            self.times.heard(token.report, now, by_decode=is_decode)
+            if is_decode:
+                timeline.handed_over_at = now - token.report.joined_ms / 1000
+        if self.stream.awaits_prompt_logprobs and token.index == self._num_before:
+            try:
+                self.stream.take_scores(token.prompt_scores)
+            except ValueError as error:
+                self.fail(KvbatonError(f"the prompt's log-probabilities are not whole: {error}"))
+                return
+        if self.stream.deliver(token, worker.member.name):
             timeline.finished_at = now
+            self._assignment.finished(self.stream.tokens[self._num_before :])
             self.outcome.set_result(None)

@@ -7,10 +7,12 @@ tokens in order. It never learns which worker made them, nor of retries.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvbaton.sampling import SamplingParams
+from services.gateway.decision import Decision
+from services.gateway.timeline import Attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +27,18 @@ class TokenEvent:
     logprob: float = 0.0
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
+    worker: str = ""  # who made it
 
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened to a request, in seconds on the gateway's clock; 0.0 = not yet."""
+    """When things happened to a request, in seconds on the gateway's clock; 0.0 = not yet.
+
+    From `received_at` to `submitted_at` it was read, checked and tokenized.
+    """
 
     received_at: float = 0.0
+    submitted_at: float = 0.0
     placed_at: float = 0.0
     prefilled_at: float = 0.0
     handed_over_at: float = 0.0
@@ -40,6 +47,12 @@ class Timeline:
     prefill_worker: str = ""
     decode_worker: str = ""
     num_attempts: int = 0
+    finish_reason: str = ""  # also when a stop string ended it
+    error: str = ""  # the code of what else ended it
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    traceparent: str = ""
+    attempts: Attempts = field(default_factory=Attempts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +70,14 @@ class TokenStream(Protocol):
 
     Iteration raises a KvbatonError if the request fails; leaving it early requires `cancel`.
     `prompt_logprobs` are there with the first token if they were asked for, one for each token of
-    the prompt but the first.
+    the prompt but the first. `placement` is the latest attempt's, None before the first.
     """
 
     request_id: str
     timeline: Timeline
     num_cached_tokens: int
     prompt_logprobs: list[PromptToken]
+    placement: Decision | None
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
@@ -78,6 +92,13 @@ class Targets:
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0
 
+    def or_else(self, default: Targets) -> Targets:
+        """These, and the default's where there is none."""
+        return Targets(self.ttft_ms or default.ttft_ms, self.tpot_ms or default.tpot_ms)
+
+
+NO_TARGETS = Targets()
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -85,21 +106,25 @@ class GenerationRequest:
 
     `resumed` is the output that its client has from another gateway: it goes on after that.
     `priority`: lower goes first, as in vLLM. Requests of one `session_id` like the same workers.
-    `traceparent` is that of W3C Trace Context.
+    `traceparent` is that of W3C Trace Context. `owner` is the tenant whose request it is, `tenant`
+    the one whose cache it uses. `received_at` 0.0: just now.
     """
 
     request_id: str
     prompt: list[int]
     sampling: SamplingParams
     choice: int = 0
+    n: int = 1  # choices of the same prompt, this one included
     tenant: str = ""
     cache_salt: str = ""  # prompts share cached blocks only with those of the same salt
     deadline_s: float | None = None
     resumed: tuple[int, ...] = ()
     priority: int = 0
     session_id: str = ""
-    targets: Targets = Targets()
+    targets: Targets = NO_TARGETS
     traceparent: str = ""
+    owner: str = ""
+    received_at: float = 0.0
 
 
 class Backend(Protocol):

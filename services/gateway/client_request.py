@@ -1,176 +1,166 @@
-"""One `generate` of a msgpack client: checked, tokenized, submitted, and its answers one by one."""
+"""One `generate` of a msgpack client: its answers one by one."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
-import msgspec
-
-from common.seams import Clock, Rng
-from kvbaton.errors import InvalidRequestError, NotFoundError
 from kvbaton.protocol import (
-    MAX_DEADLINE_MS,
     Accepted,
     Done,
+    FinishedChoice,
     Generate,
-    Resume,
     Timings,
     Token,
     Tokens,
-    Usage,
 )
-from kvbaton.sampling import check_sampling
-from services.gateway.backend import Backend, GenerationRequest, Timeline
-from services.gateway.generation import (
-    Generation,
-    TextOutput,
-    TextToken,
-    check_cache_salt,
-    check_prompt,
-    check_stop,
-    tokenize,
-)
-from services.gateway.resumption import check_resume, most_tokens, take_in
+from kvbaton.questions import Prompt, PromptToken
+from services.gateway import backend
+from services.gateway.client_choices import Choice, Choices
+from services.gateway.client_plan import Means, Plan, make_plan
+from services.gateway.explain import explain
+from services.gateway.generation import TextToken
+from services.gateway.openai.logprobs import finite
 from services.gateway.text import TextModel
 
-_MAX_NAME_CHARS = 64
+_MAX_TOKENS_IN_MESSAGE = 512
+_MAX_TOKENS_ON_LOOP = 128  # about a millisecond of text: above it the loop is not kept waiting
 
 
 async def answer(
-    message: Generate, backend: Backend, model: TextModel, *, clock: Clock, rng: Rng, tenant: str
-) -> AsyncGenerator[Accepted | Tokens | Done, None]:
-    """`accepted` if it is wanted, the tokens as they come, `done`. Raises what the request ends by.
+    message: Generate, means: Means, tenant: str
+) -> AsyncGenerator[Accepted | Prompt | Tokens | Done, None]:
+    """`accepted` and the prompt if they are wanted, the tokens as they come, `done`. Raises what
+    the request ends by.
 
     Closing the iterator frees what the request holds.
     """
-    field = _check(message, model)
-    prompt = await _tokenized(message, model, backend.max_model_len)
-    check_prompt(prompt, model.vocab_size, backend.max_model_len, field=field)
-    most = most_tokens(message.sampling, len(prompt), backend.max_model_len)
-    if message.resume is not None:
-        check_resume(message.resume, model.vocab_size, most)
-    begun = message.resume or _begin(message, rng)
-    sampling = msgspec.structs.replace(message.sampling, seed=begun.seed)
-    output = TextOutput(model.detokenizer(), message.stop, min_tokens=sampling.min_tokens)
-    finish_reason = await take_in(begun, output, sampling, most)
-    if finish_reason is not None:
-        yield _nothing_left(message, begun, finish_reason, len(prompt))
-        return
-    stream = backend.submit(
-        GenerationRequest(
-            request_id=begun.request_id,
-            prompt=prompt,
-            sampling=sampling,
-            tenant=tenant,
-            deadline_s=None if message.deadline_ms is None else message.deadline_ms / 1000,
-            cache_salt=check_cache_salt(message.cache_salt),
-            resumed=tuple(begun.tokens),
-        )
-    )
-    generation = Generation(stream, output)
+    plan = await make_plan(message, means, tenant)
+    choices = Choices(plan, means)
+    has_logprobs = message.sampling.logprobs is not None
+    is_told = not plan.shows_prompt
     try:
-        if message.resumable:
-            yield Accepted(id=message.id, request_id=begun.request_id, seed=begun.seed)
-        async for token in generation:
-            finish_reason = token.finish_reason
-            yield Tokens(
-                id=message.id,
-                tokens=[_on_the_wire(token, with_logprobs=sampling.logprobs is not None)],
-                finish_reason=finish_reason,
-            )
+        await choices.begin()
+        if message.resumable and choices.stream is not None:
+            seed = plan.like.sampling.seed
+            assert seed is not None
+            yield Accepted(id=message.id, request_id=plan.like.request_id, seed=seed)
+        async for number, token in choices:
+            if not is_told:
+                is_told = True
+                for part in await prompt_parts(
+                    message.id,
+                    plan.like.prompt,
+                    choices.prompt_logprobs,
+                    means.model,
+                    skip_special_tokens=plan.skip_special_tokens,
+                ):
+                    yield part
+            if plan.best_of > plan.n:
+                choices.all[number].tokens.append(token)
+            else:
+                yield _tokens(message.id, number, [token], with_logprobs=has_logprobs)
+        for number, choice in enumerate(_best(plan, choices)):
+            for tokens in _cut(choice.tokens):
+                yield _tokens(message.id, number, tokens, with_logprobs=has_logprobs)
+        yield _done(message, plan, choices, means)
     finally:
-        generation.cancel()
-    yield Done(
-        id=message.id,
-        finish_reason=finish_reason or "",
-        usage=Usage(
-            num_prompt_tokens=len(prompt),
-            num_output_tokens=generation.num_output_tokens,
-            num_cached_tokens=stream.num_cached_tokens,
-        ),
-        timings=_timings(stream.timeline, clock.now()),
-        request_id=stream.request_id,
+        await choices.close()
+
+
+def _best(plan: Plan, choices: Choices) -> list[Choice]:
+    """The `n` that are most likely by token, the likeliest first; all if those are asked for."""
+    if plan.best_of == plan.n:
+        return choices.all
+    return sorted(choices.all, key=_likelihood, reverse=True)[: plan.n]
+
+
+def _likelihood(choice: Choice) -> float:
+    return sum(token.logprob for token in choice.tokens) / len(choice.tokens)
+
+
+def _cut(tokens: Sequence[TextToken]) -> Iterator[Sequence[TextToken]]:
+    for start in range(0, len(tokens), _MAX_TOKENS_IN_MESSAGE):
+        yield tokens[start : start + _MAX_TOKENS_IN_MESSAGE]
+
+
+def _tokens(
+    request_id: int, number: int, tokens: Sequence[TextToken], *, with_logprobs: bool
+) -> Tokens:
+    return Tokens(
+        id=request_id,
+        tokens=[
+            Token(
+                index=token.index,
+                token_id=token.token_id,
+                text=token.text,
+                logprob=finite(token.logprob) if with_logprobs else None,
+                top_logprobs=_finite(token.top_logprobs) if with_logprobs else [],
+                choice=number,
+            )
+            for token in tokens
+        ],
+        finish_reason=tokens[-1].finish_reason,
     )
 
 
-def _begin(message: Generate, rng: Rng) -> Resume:
-    """A new request goes on after nothing."""
-    seed = message.sampling.seed
-    return Resume(request_id=rng.new_id(), seed=rng.new_seed() if seed is None else seed)
+def _finite(top_logprobs: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(token_id, finite(logprob)) for token_id, logprob in top_logprobs]
 
 
-def _nothing_left(
-    message: Generate, resume: Resume, finish_reason: str, num_prompt_tokens: int
-) -> Done:
-    """Only the end of the request was lost: no worker is needed to say it again."""
+async def prompt_parts(
+    request_id: int,
+    prompt: Sequence[int],
+    logprobs: Sequence[backend.PromptToken],
+    model: TextModel,
+    *,
+    skip_special_tokens: bool,
+    choice: int = 0,
+) -> list[Prompt]:
+    """A prompt's tokens, with the text that each completes. `logprobs`, if there are any, begin
+    with the second token."""
+
+    def tokens() -> list[PromptToken]:
+        detokenizer = model.detokenizer(skip_special_tokens=skip_special_tokens)
+        texts = [detokenizer.add(token_id) for token_id in prompt]
+        texts[-1] += detokenizer.flush()
+        likely = [None, *logprobs] if logprobs else [None] * len(prompt)
+        return [
+            PromptToken(
+                index=index,
+                token_id=token_id,
+                text=text,
+                logprob=None if found is None else finite(found.logprob),
+                top_logprobs=[] if found is None else _finite(found.top_logprobs),
+            )
+            for index, (token_id, text, found) in enumerate(zip(prompt, texts, likely, strict=True))
+        ]
+
+    is_short = len(prompt) <= _MAX_TOKENS_ON_LOOP
+    shown = tokens() if is_short else await asyncio.to_thread(tokens)
+    return [
+        Prompt(id=request_id, tokens=shown[start : start + _MAX_TOKENS_IN_MESSAGE], choice=choice)
+        for start in range(0, len(shown), _MAX_TOKENS_IN_MESSAGE)
+    ]
+
+
+def _done(message: Generate, plan: Plan, choices: Choices, means: Means) -> Done:
+    """Where only the end of the request was lost there is no stream: no worker was needed."""
+    finished: list[FinishedChoice] = [each.finished() for each in _best(plan, choices)]
+    now, stream = means.clock.now(), choices.stream
     return Done(
         id=message.id,
-        finish_reason=finish_reason,
-        usage=Usage(
-            num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=len(resume.tokens),
-            num_cached_tokens=0,
-        ),
-        timings=Timings(num_attempts=0),
-        request_id=resume.request_id,
+        finish_reason=finished[0].finish_reason,
+        usage=choices.usage(),
+        timings=_timings(stream.timeline, now) if stream else Timings(num_attempts=0),
+        request_id=plan.like.request_id,
+        choices=finished if plan.n > 1 or plan.tools is not None else [],
+        explanation=explain(stream, now, time.time()) if message.explain and stream else None,
     )
 
 
-def _check(message: Generate, model: TextModel) -> str:
-    """Everything that needs no prompt ids. Returns the field that holds the prompt."""
-    names = ("text", "token_ids", "messages")
-    given = [name for name in names if getattr(message, name) is not None]
-    if len(given) != 1:
-        raise InvalidRequestError(
-            f"exactly one of text, token_ids and messages is given, got {given or 'none'}",
-            field=given[1] if given else "text",
-        )
-    if message.messages is not None and not message.messages:
-        raise InvalidRequestError("messages is empty", field="messages")
-    if message.model is not None and message.model != model.name:
-        raise NotFoundError(
-            f"there is no model {message.model[:_MAX_NAME_CHARS]!r} here, only {model.name!r}",
-            field="model",
-        )
-    check_sampling(message.sampling)
-    for token_id in message.sampling.stop_token_ids:
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids has token id {token_id}, the model's are 0 to "
-                f"{model.vocab_size - 1}",
-                field="stop_token_ids",
-            )
-    check_stop(message.stop)
-    if message.deadline_ms is not None and not 1 <= message.deadline_ms <= MAX_DEADLINE_MS:
-        raise InvalidRequestError(
-            f"deadline_ms must be at least 1 and at most {MAX_DEADLINE_MS}, got "
-            f"{message.deadline_ms}",
-            field="deadline_ms",
-        )
-    return given[0]
-
-
-async def _tokenized(message: Generate, model: TextModel, most: int | None) -> list[int]:
-    if message.token_ids is not None:
-        return message.token_ids
-    if message.messages is None:
-        text = message.text or ""
-        return await tokenize(len(text), lambda: model.encode(text, most_tokens=most))
-    turns = [{"role": turn.role, "content": turn.content} for turn in message.messages]
-    return await model.chat(turns, most_tokens=most)
-
-
-def _on_the_wire(token: TextToken, *, with_logprobs: bool) -> Token:
-    return Token(
-        index=token.index,
-        token_id=token.token_id,
-        text=token.text,
-        logprob=token.logprob if with_logprobs else None,
-        top_logprobs=list(token.top_logprobs) if with_logprobs else [],
-    )
-
-
-def _timings(timeline: Timeline, now: float) -> Timings:
+def _timings(timeline: backend.Timeline, now: float) -> Timings:
     """A request that a stop string ended has no `finished_at`: it was cancelled, just now."""
 
     def since_received_ms(at: float) -> float:

@@ -20,13 +20,14 @@ from common.net.access import role_of, tenant_of
 from common.net.liveness import Liveness
 from common.net.refusals import Refusals
 from common.service import Seams, Tasks
-from kvbaton.codec import Decoder, encode
+from kvbaton.codec import MAX_MESSAGE_BYTES, Decoder, encode
 from kvbaton.errors import (
     CancelledRequestError,
     InvalidRequestError,
     KvbatonError,
     OverloadedError,
     ProtocolError,
+    TooLargeError,
     UnavailableError,
 )
 from kvbaton.protocol import (
@@ -42,14 +43,19 @@ from kvbaton.protocol import (
     GatewayMessage,
     Generate,
     Hello,
+    Ping,
     Pong,
+    Request,
     Welcome,
     Why,
     client_message_decoder,
 )
 from services.gateway.admin import Admin
 from services.gateway.backend import Backend
+from services.gateway.client_plan import Means
+from services.gateway.client_questions import answer_question
 from services.gateway.client_request import answer
+from services.gateway.openai.grammars import Grammars
 from services.gateway.text import TextModel
 
 log = structlog.get_logger()
@@ -84,9 +90,8 @@ class ClientFace:
         slow_reader_s: float = 30.0,
     ) -> None:
         self._clock = seams.clock
-        self._rng = seams.rng
-        self._backend = backend
-        self._text = text
+        self._grammars = Grammars()
+        self._means = Means(backend, text, self._grammars, seams.clock, seams.rng)
         self._admin = admin
         self._tasks = tasks
         self._instance_id = instance_id
@@ -126,6 +131,7 @@ class ClientFace:
             for request_id in list(requests):
                 self._end(peer, requests, request_id, _shutting_down())
         self._socket.close()
+        self._grammars.close()
 
     # ---- connections ----------------------------------------------------------------------------
 
@@ -163,15 +169,15 @@ class ClientFace:
         if isinstance(message, Hello):
             self._welcome(peer, message, user)
         elif peer not in self._clients:
-            request_id = message.id if isinstance(message, Generate | Audit | Why) else None
+            request_id = None if isinstance(message, Ping | Cancel) else message.id
             self._send(peer, Error(code=HELLO_REQUIRED, message="say hello first", id=request_id))
-        elif isinstance(message, Generate | Audit | Why):
-            self._start(peer, message)
+        elif isinstance(message, Ping):
+            self._send(peer, Pong(instance_id=self._instance_id))
         elif isinstance(message, Cancel):
             cancelled = CancelledRequestError("the request was cancelled")
             self._end(peer, self._clients[peer], message.id, cancelled)
         else:
-            self._send(peer, Pong(instance_id=self._instance_id))
+            self._start(peer, message)
 
     def _welcome(self, peer: bytes, hello: Hello, user: str) -> None:
         self._forget(peer, "said hello again")
@@ -188,13 +194,19 @@ class ClientFace:
             Welcome(
                 protocol_version=PROTOCOL_VERSION,
                 instance_id=self._instance_id,
-                model=self._text.name,
-                max_model_len=self._backend.max_model_len,
+                model=self._means.model.name,
+                max_model_len=self._means.backend.max_model_len,
             ),
         )
 
     def _send(self, peer: bytes, message: GatewayMessage) -> None:
-        if not self._socket.send(peer, [encode(message)]):
+        """Raises TooLargeError for what no client would take."""
+        raw = encode(message)
+        if len(raw) > MAX_MESSAGE_BYTES:
+            raise TooLargeError(
+                f"the answer has {len(raw)} bytes, a message has at most {MAX_MESSAGE_BYTES}"
+            )
+        if not self._socket.send(peer, [raw]):
             self._forget(peer, "cannot be sent to")
 
     def _forget(self, peer: bytes, reason: str) -> None:
@@ -214,7 +226,7 @@ class ClientFace:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def _start(self, peer: bytes, message: Generate | Audit | Why) -> None:
+    def _start(self, peer: bytes, message: Request) -> None:
         requests = self._clients[peer]
         if self._is_draining:
             raise _shutting_down()
@@ -229,20 +241,13 @@ class ClientFace:
             self._serve(peer, requests, message.id, self._answers(peer, message)), "client-request"
         )
 
-    def _answers(
-        self, peer: bytes, message: Generate | Audit | Why
-    ) -> AsyncGenerator[GatewayMessage, None]:
+    def _answers(self, peer: bytes, message: Request) -> AsyncGenerator[GatewayMessage, None]:
+        if isinstance(message, Audit | Why):
+            return self._admin.answer(message)
+        tenant = tenant_of(self._users[peer])
         if isinstance(message, Generate):
-            tenant = tenant_of(self._users[peer])
-            return answer(
-                message,
-                self._backend,
-                self._text,
-                clock=self._clock,
-                rng=self._rng,
-                tenant=tenant,
-            )
-        return self._admin.answer(message)
+            return answer(message, self._means, tenant)
+        return answer_question(message, self._means, tenant)
 
     async def _serve(
         self,

@@ -70,8 +70,9 @@ class StopStrings:
     Pratt), however long the strings.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        """`stop`: none of them empty."""
+    def __init__(self, stop: Sequence[str], *, is_shown: bool = False) -> None:
+        """`stop`: none of them empty. `is_shown`: the text ends after the string, not before it."""
+        self._is_shown = is_shown
         self._strings = [(text, _borders(text)) for text in stop]
         self._num_matched = [0] * len(stop)
         self._held = ""
@@ -93,7 +94,7 @@ class StopStrings:
                 if matched == len(string) and len(string) > len(self.matched or ""):
                     self.matched = string
             if self.matched is not None:
-                shown = self._held[: end - len(self.matched)]
+                shown = self._held[: end if self._is_shown else end - len(self.matched)]
                 self._held = ""
                 return shown
         num_shown = len(self._held) - max(self._num_matched)

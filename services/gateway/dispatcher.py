@@ -32,13 +32,19 @@ from kvbaton.errors import (
     UnavailableError,
     error_from_wire,
 )
+from kvbaton.traceparent import trace_id
+from services.gateway import predictions
 from services.gateway.admission import Admission
-from services.gateway.attempt import Attempt, Place
+from services.gateway.assignment import Place
+from services.gateway.attempt import Attempt
 from services.gateway.backend import GenerationRequest
+from services.gateway.chooser import Chooser, Routing
 from services.gateway.fleet import Fleet, FleetEvents
 from services.gateway.peers import Store, Worker
 from services.gateway.placer import Placer
+from services.gateway.request_metrics import RequestMetrics
 from services.gateway.stream import RequestStream
+from services.gateway.watch import Watch
 
 log = structlog.get_logger()
 
@@ -65,12 +71,16 @@ class Dispatcher:
         *,
         name: str,
         stores: list[str],
-        mode: str,
+        routing: Routing,
         admission: Admission,
         max_outage_s: float,
+        watch: Watch | None = None,
     ) -> None:
         """`max_outage_s`: how long a request that was placed waits for workers or a store."""
+        self.metrics = RequestMetrics(routing.targets_of)
+        self.watch = watch or Watch(seams.clock)
         self._clock = seams.clock
+        self._rng = seams.rng
         self._tasks = tasks
         self._admission = admission
         self._max_outage_s = max_outage_s
@@ -90,7 +100,8 @@ class Dispatcher:
             on_news=lambda: self._placer.on_news(),  # noqa: PLW0108 - it is made of the fleet
         )
         self.fleet = Fleet(seams, tasks, name, stores, events)
-        self._placer = Placer(self.fleet, seams.clock, mode)
+        self._chooser = Chooser(self.fleet, seams.clock, routing)
+        self._placer = Placer(self._chooser, seams.clock)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until those in flight have ended."""
@@ -116,12 +127,15 @@ class Dispatcher:
         if self._is_draining:
             raise UnavailableError("this gateway is shutting down", retry_after_s=1)
         if self._placer.unready_s > _GRACE_S:
-            raise self._placer.unavailable()
+            raise self._chooser.unavailable()
         now = self._clock.now()
         stream = RequestStream(request, now)
+        self._placer.check_target(stream)
         self._admission.take(stream, len(request.prompt), now, is_new=not request.resumed)
         self._idle.clear()
         _RUNNING.inc()
+        self.metrics.taken(stream)
+        self.watch.begun(stream)
         stream.task = self._tasks.spawn(self._serve(stream), "request")
         stream.task.add_done_callback(lambda _: self._served(stream))
         return stream
@@ -131,6 +145,8 @@ class Dispatcher:
 
     def _served(self, stream: RequestStream) -> None:
         self._admission.end(stream, self._clock.now())
+        self._placer.ended(stream)
+        self.watch.ended(stream)
         if not self._admission.num_requests:
             self._idle.set()
         _RUNNING.dec()
@@ -138,6 +154,8 @@ class Dispatcher:
     # ---- a request ------------------------------------------------------------------------------
 
     async def _serve(self, stream: RequestStream) -> None:
+        names = {"request": stream.request_id, "trace": trace_id(stream.timeline.traceparent)}
+        structlog.contextvars.bind_contextvars(**{k: v for k, v in names.items() if v})
         deadline_s = stream.request.deadline_s
         timer = None
         if deadline_s is not None:
@@ -153,9 +171,11 @@ class Dispatcher:
             if timer is not None:
                 timer.cancel()
             _FINISHED.labels(outcome).inc()
+            self.metrics.ended(stream, outcome)
+            if outcome == "finished":
+                predictions.check(stream)
             log.info(
                 "request_ended",
-                request=stream.request_id,
                 outcome=outcome,
                 num_tokens=len(stream.tokens),
                 num_attempts=stream.timeline.num_attempts,
@@ -168,6 +188,8 @@ class Dispatcher:
         num_fruitless = 0
         try:
             while True:
+                if stream.awaits_prompt_logprobs:
+                    stream.cache_salt = self._rng.new_id()
                 patience_s = _GRACE_S if attempt is None else self._max_outage_s
                 place = await self._placer.wait(stream, tried, patience_s)
                 attempt = self._next_attempt(attempt, stream, place)
@@ -175,7 +197,8 @@ class Dispatcher:
                 error = await self._attempt(attempt)
                 if not isinstance(error, _RETRYABLE):
                     return error
-                log.info("attempt_failed", request=stream.request_id, reason=error.message)
+                attempt.times.failure = error.message
+                log.info("attempt_failed", reason=error.message)
                 if len(stream.tokens) > num_tokens:
                     num_fruitless = 0
                     tried.clear()
@@ -196,7 +219,7 @@ class Dispatcher:
         if former is None:
             return Attempt(stream, place)
         _RETRIED.inc()
-        if former.place.store is place.store:
+        if former.place.store is place.store and not stream.awaits_prompt_logprobs:
             return Attempt(stream, place, after=former.left)
         self._abandon(former)
         return Attempt(stream, place)
@@ -211,35 +234,38 @@ class Dispatcher:
         """Serve the request at its place. Returns why it could not be finished there, or None."""
         _PLACED.inc()
         stream, place = attempt.stream, attempt.place
-        stream.timeline.prefill_worker = place.prefill.member.name
-        stream.timeline.decode_worker = place.decode.member.name
+        attempt.begin(self._chooser.routing.targets_of(stream.request), self._clock.now())
+        self._placer.let_in()
         self._attempts[attempt] = None
         try:
             opened = await self._open(attempt)
-            attempt.handoff_id = opened.handoff_id
+            attempt.opened(opened)
             self._left.discard(attempt.after)
             self._by_handoff[opened.handoff_id] = attempt
             layout = place.decode.member.layout
             assert layout is not None
             stream.opened(opened.num_cached_blocks * layout.block_size)
-            await attempt.start(opened)
-            stream.timeline.placed_at = stream.timeline.placed_at or self._clock.now()
+            attempt.times.opened(opened, layout.block_size, self._clock.now())
+            await attempt.start(opened, self._clock.now())
+            attempt.times.started_at = self._clock.now()
+            num_loaded = attempt.times.num_loaded_tokens
+            self.metrics.placed(stream, num_loaded, attempt.times.started_at)
             await first_of(attempt.outcome)  # awaiting it itself would cancel it with us
             return attempt.outcome.result()
         except KvbatonError as error:
             return error
         finally:
+            attempt.times.ended_at = self._clock.now()
             del self._attempts[attempt]
             self._by_handoff.pop(attempt.handoff_id, None)
             if attempt.left:
                 self._left.add(attempt.left)
-            attempt.close()
+            attempt.close(self._clock.now())
+            self._placer.let_in()
 
     async def _open(self, attempt: Attempt) -> HandoffOpened:
         """Open a handoff. If we give up while it waits for room, the store is told so."""
-        member, link = attempt.place.decode.member, attempt.place.store.link
-        assert member.layout is not None
-        message = attempt.open_message(member.layout.block_size)
+        link, message = attempt.place.store.link, attempt.open_message()
         try:
             opened = await link.call(message, timeout_s=None)
         except asyncio.CancelledError:
@@ -255,13 +281,17 @@ class Dispatcher:
         for token in message.tokens:
             attempt = self._by_handoff.get(token.handoff_id)
             if attempt is not None:
+                num_before = len(attempt.stream.tokens)
                 attempt.on_token(worker, token, now)
+                num_tokens = len(attempt.stream.tokens) - num_before
+                self.metrics.tokens(attempt.stream, num_tokens, now)
                 self._admission.first_token(attempt.stream, now)
+        self._placer.let_in()
 
     def _on_dropped(self, message: Dropped) -> None:
         attempt = self._by_handoff.get(message.handoff_id)
         if attempt is not None:
-            attempt.fail(error_from_wire(message.code, message.message, None, 1))
+            attempt.fail(error_from_wire(message.code, message.message, message.field, 1))
 
     def _on_aborted(self, message: Aborted) -> bool:
         if message.handoff_id in self._left:
@@ -279,7 +309,7 @@ class Dispatcher:
 
     def _on_store_silent(self, store: Store) -> None:
         """What gets no further without it goes on elsewhere, if it can."""
-        can_go = any(self._placer.has_workers(each) for each in self.fleet.stores)
+        can_go = any(self._chooser.has_workers(each) for each in self.fleet.stores)
         for attempt in self._attempts:
             if attempt.place.store is store and attempt.is_stuck() and can_go:
                 attempt.fail(UnavailableError("the KV store cannot be reached", retry_after_s=1))

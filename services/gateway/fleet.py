@@ -58,6 +58,7 @@ class Fleet:
         self, seams: Seams, tasks: Tasks, name: str, endpoints: list[str], events: FleetEvents
     ) -> None:
         self.workers: dict[str, Worker] = {}  # by endpoint
+        self._num_met = 0
         self._seams = seams
         self._tasks = tasks
         self._events = events
@@ -195,7 +196,10 @@ class Fleet:
                 log.error("worker_unreachable", name=member.name, reason=str(error))
                 continue
             worker.member_ids[store.index] = member.member_id
-            worker.load = member.load
+            worker.report(member.load, self._seams.clock.now())
+            counts = member.counts
+            if counts is not None and counts.num_steps >= worker.counts.num_steps:
+                worker.counts = counts  # of two stores, one heard of them before the other
         self._events.on_news()
 
     def _forget_members(self, store: Store) -> None:
@@ -234,7 +238,7 @@ class Fleet:
 
         def handle(message: Message) -> None:
             if isinstance(message, OutputTokens):
-                worker.load = message.load
+                worker.report(message.load, self._seams.clock.now())
                 self._events.on_tokens(worker, message)
             elif isinstance(message, Dropped):
                 self._events.on_dropped(message)
@@ -250,7 +254,8 @@ class Fleet:
             refused=_log_refused,
             lost=lost,
         )
-        worker = self.workers[member.endpoint] = Worker(member, link)
+        worker = self.workers[member.endpoint] = Worker(member, link, self._num_met)
+        self._num_met += 1
         self._tasks.spawn(self._beat_worker(worker), "worker-heartbeat")
         log.info("worker_joined", name=member.name, role=member.role, endpoint=member.endpoint)
         return worker
@@ -259,6 +264,8 @@ class Fleet:
         log.info("worker_left", name=worker.member.name, endpoint=worker.member.endpoint)
         del self.workers[worker.member.endpoint]
         worker.link.close()
+        for store in self.stores:
+            store.prefixes.forget_worker(worker.number)
         self._events.on_worker_lost(worker)
         self._events.on_news()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kvbaton.errors import InvalidRequestError, KvbatonError
 from kvbaton.protocol import MAX_CACHE_SALT_CHARS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from kvbaton.sampling import MAX_BAD_WORDS
 from services.gateway.backend import TokenEvent, TokenStream
 from services.gateway.detokenizer import Detokenizer, StopStrings
 
@@ -32,27 +33,36 @@ class TextToken:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: str | None
+    worker: str = ""  # who made it
 
 
 class TextOutput:
     """The text of one output, token by token, up to a stop string.
 
-    The token that ends a text (eos, a stop token id) counts but has no text of its own. Stop
-    strings are looked for in what comes after the first `min_tokens` tokens.
+    The token that ends a text (eos, a stop token id) counts but has no text of its own, and a stop
+    string is not shown, unless `include_stop`. Stop strings are looked for in what comes after the
+    first `min_tokens` tokens.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self.num_tokens = 0
         self._detokenizer = detokenizer
-        self._stop = StopStrings(stop)
+        self._stop = StopStrings(stop, is_shown=include_stop)
         self._min_tokens = min_tokens
+        self._shows_end = include_stop
 
     def add(self, event: TokenEvent) -> TextToken:
         """The next token. After one with a finish reason there is none."""
         self.num_tokens += 1
-        text = "" if event.finish_reason == "stop" else self._detokenizer.add(event.token_id)
+        is_shown = self._shows_end or event.finish_reason != "stop"
+        text = self._detokenizer.add(event.token_id) if is_shown else ""
         if event.finish_reason is not None:
             text += self._detokenizer.flush()
         if self.num_tokens > self._min_tokens:
@@ -69,6 +79,7 @@ class TextOutput:
             logprob=event.logprob,
             top_logprobs=event.top_logprobs,
             finish_reason=finish_reason,
+            worker=event.worker,
         )
 
 
@@ -99,7 +110,8 @@ class Generation:
             raise KvbatonError("the token stream ended before its last token") from None
         token = self._output.add(event)
         self._is_over = token.finish_reason is not None
-        if self._is_over and event.finish_reason is None:
+        if token.finish_reason is not None and event.finish_reason is None:
+            self.stream.timeline.finish_reason = token.finish_reason
             self.stream.cancel()
         return token
 
@@ -120,6 +132,42 @@ def check_stop(stop: Sequence[str]) -> None:
                 f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters, got {len(text)}",
                 field="stop",
             )
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, field: str) -> None:
+    """Raise InvalidRequestError (`field`) for an id that the model does not have."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"{field} has token id {token_id}, the model's are 0 to {vocab_size - 1}",
+                field=field,
+            )
+
+
+def bad_word_tokens(words: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """The sequences of tokens that no output holds, so that it has none of these words.
+
+    As vLLM has it: a word as it stands, and with a blank before it where that makes it another
+    word of as many tokens. Raises InvalidRequestError (bad_words).
+    """
+    if len(words) > MAX_BAD_WORDS // 2:
+        raise InvalidRequestError(
+            f"bad_words holds at most {MAX_BAD_WORDS // 2} words, got {len(words)}",
+            field="bad_words",
+        )
+    found = []
+    for word in words:
+        bare = word.lstrip()
+        if not 1 <= len(bare) <= MAX_STOP_STRING_CHARS:
+            raise InvalidRequestError(
+                f"a bad word has 1 to {MAX_STOP_STRING_CHARS} characters, got {len(bare)}",
+                field="bad_words",
+            )
+        plain, spaced = encode(bare), encode(f" {bare}")
+        found.append(plain)
+        if spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return found
 
 
 def check_cache_salt(salt: str | None) -> str:

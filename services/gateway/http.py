@@ -23,10 +23,17 @@ from common.seams import Clock, Rng
 from common.service import Tasks
 from kvbaton.errors import ForbiddenError, KvbatonError, UnavailableError
 from services.gateway.backend import Backend
+from services.gateway.debug import DebugRequests
 from services.gateway.http_access import Gate, HttpAccess
 from services.gateway.http_server import HttpServer, listen
-from services.gateway.openai.endpoints import Endpoints
 from services.gateway.openai.errors import on_http_error, on_kvbaton_error
+from services.gateway.openai.grammars import Grammars
+from services.gateway.openai.operations import DropCache
+from services.gateway.openai.routes import openai_routes
+from services.gateway.openapi import openapi
+from services.gateway.page.files import file_routes
+from services.gateway.page.live import Live
+from services.gateway.recent import Recent
 from services.gateway.text import TextModel
 
 log = structlog.get_logger()
@@ -44,7 +51,8 @@ class HttpFace:
     """Serves the OpenAI API from a backend.
 
     Several processes may serve one `port`; port 0 takes a free one, then found in `port`. `tasks`
-    owns the server's task. `more_metrics()` is added to /metrics. `access` says who is let in;
+    owns the server's task. `more_metrics()` is added to /metrics, `recent` is what
+    /debug/requests shows; `drop_cache()` serves /reset_prefix_cache. `access` says who is let in;
     without it, everybody is. A client that reads nothing for `slow_reader_s` is cut off.
     """
 
@@ -57,6 +65,9 @@ class HttpFace:
         rng: Rng,
         tasks: Tasks,
         more_metrics: Callable[[], bytes] = bytes,
+        recent: Recent | None = None,
+        live: Live | None = None,
+        drop_cache: DropCache | None = None,
         host: str = "127.0.0.1",
         port: int = 8000,
         backlog: int = 512,
@@ -70,10 +81,14 @@ class HttpFace:
         self._rng = rng
         self._tasks = tasks
         self._more_metrics = more_metrics
+        self._requests = DebugRequests(recent or Recent())
+        self._live = [live.route()] if live is not None else []
+        self._drop_cache = drop_cache
         self._host = host
         self._backlog = backlog
         self._access = access or HttpAccess()
         self._slow_reader_s = slow_reader_s
+        self._grammars = Grammars()
         self._server: HttpServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._stopping: asyncio.Future[None] | None = None
@@ -83,14 +98,16 @@ class HttpFace:
         listener = listen(self._host, self.port, self._backlog)
         self.port = listener.getsockname()[1]
         self._stopping = asyncio.get_running_loop().create_future()
-        endpoints = Endpoints(
+        routes = openai_routes(
             self._backend,
             self._model,
+            self._grammars,
             clock=self._clock,
             rng=self._rng,
             stopping=self._stopping,
+            drop_cache=self._drop_cache,
         )
-        gate = Gate(self._starlette(endpoints), self._access.keys, self._clock)
+        gate = Gate(self._starlette(routes), self._access.keys, self._clock)
         app = _RequestScope(gate, self._rng)
         self._server = HttpServer(app, self._access.tls, self._slow_reader_s)
         self._serving = self._tasks.spawn(self._serve(self._server, listener), "http")
@@ -104,24 +121,26 @@ class HttpFace:
             self._stopping.set_result(None)
         self._server.stop()
         await asyncio.wait([self._serving])
+        self._grammars.close()
 
     async def _serve(self, server: HttpServer, listener: socket.socket) -> None:
         with listener:
             await server.serve(sockets=[listener])
 
-    def _starlette(self, endpoints: Endpoints) -> Starlette:
-        post, get = ["POST"], ["GET"]
+    def _starlette(self, routes: list[Route]) -> Starlette:
+        get = ["GET"]
         app = Starlette(
             routes=[
-                Route("/v1/completions", endpoints.completions, methods=post),
-                Route("/v1/chat/completions", endpoints.chat_completions, methods=post),
-                Route("/v1/models", endpoints.models, methods=get),
-                Route("/v1/models/{model:path}", endpoints.model, methods=get),
+                *routes,
                 Route("/health", _empty, methods=get),
                 Route("/ping", _empty, methods=get),
                 Route("/ready", self._ready, methods=get),
                 Route("/metrics", self._metrics, methods=get),
+                Route("/debug/requests", self._requests.show, methods=get),
                 Route("/version", _version, methods=get),
+                Route("/openapi.json", openapi, methods=get),
+                *self._live,
+                *file_routes(),
             ],
             exception_handlers={
                 KvbatonError: on_kvbaton_error,
@@ -141,12 +160,16 @@ class HttpFace:
     async def _metrics(self, request: Request) -> Response:
         if not request.state.caller.is_operator:
             raise ForbiddenError("metrics tell about all tenants: this needs an operator's key")
+        return Response(self.metrics(), media_type=CONTENT_TYPE_LATEST)
+
+    def metrics(self) -> bytes:
+        """What /metrics shows."""
         lines = [exposition()]
         for key, value in self._backend.stats().items():
             name = f"kvbaton_gateway_{key}"
             lines.append(f"# TYPE {name} gauge\n{name} {value}\n".encode())
         lines.append(self._more_metrics())
-        return Response(b"".join(lines), media_type=CONTENT_TYPE_LATEST)
+        return b"".join(lines)
 
 
 class _RequestScope:

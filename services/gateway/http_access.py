@@ -22,11 +22,12 @@ from services.gateway.api_keys import (
     load_entries,
 )
 from services.gateway.openai.errors import kvbaton_error_response, no_key_response
+from services.gateway.page.files import PATHS as PAGE_PATHS
 from services.gateway.quotas import over_quota
 
 log = structlog.get_logger()
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = PAGE_PATHS | {"/health"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class _Protocol(HttpToolsProtocol):
         self._num_head_bytes += len(data)
         super().data_received(data)
         if self._num_head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, f"the head is larger than {_MAX_HEAD_BYTES} bytes", "head_too_large")
+            self._refuse(431, f"the head is larger than {_MAX_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -139,7 +139,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, _msg: str) -> None:
-        self._refuse(400, "this is not HTTP", "bad_request")
+        self._refuse(400, "this is not HTTP")
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self._on_head_timeout)
@@ -198,12 +198,12 @@ class _Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         reason = f"no whole head within {_HEAD_TIMEOUT_S:.0f} s"
-        self._refuse(408, reason, "request_timeout")
+        self._refuse(408, reason)
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, status: int, message: str) -> None:
         """Answer what never reaches the application; nothing may be written into an answer."""
         if self.cycle is None or self.cycle.response_complete:
-            body = error_body(status, message, code)
+            body = error_body(status, message)
             head = (
                 f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\n"
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -3,12 +3,24 @@ and what this gateway has given it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from common.incarnations import FormerIds
-from common.messages import Load, Member, Welcome
+from common.messages import Load, Member, Welcome, WorkerCounts
 from common.net.link import Link
-from services.gateway.placement import Candidate
+from services.gateway.candidates import Candidate
+from services.gateway.estimates import GUESSED_PROMPT_STEPS, Backlog
+from services.gateway.prefixes import PrefixIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """A request that a worker has from this gateway. `tpot_target_s` inf: none."""
+
+    num_tokens: int
+    tpot_target_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -17,23 +29,50 @@ class Worker:
 
     member: Member
     link: Link
+    number: int = 0  # of all that this gateway has met
     member_ids: dict[int, str] = field(default_factory=dict)
     load: Load = Load()
-    num_assigned: int = 0  # sequences that this gateway has there
-    num_tokens_assigned: int = 0  # prompt tokens it still has to compute for this gateway
+    reported_at: float = 0.0  # its load, on our clock
+    counts: WorkerCounts = field(default_factory=WorkerCounts)
+    assigned: dict[Hashable, Assigned] = field(default_factory=dict)  # what this gateway has there
+    backlog: Backlog = field(default_factory=Backlog)  # of it, what has no first token yet
     num_placed: int = 0
     is_known: bool = False  # to the worker: it has welcomed us
     is_lost: bool = False  # the connection ended, and has not come back yet
 
-    def candidate(self) -> Placeable:
-        """The worker for placement."""
-        load = self.load
+    def report(self, load: Load, now: float) -> None:
+        """It has said how busy it is."""
+        self.load, self.reported_at = load, now
+
+    def moves(self, store: Store) -> bool:
+        """Whether blocks must come to it from the store."""
+        if self.member.mover == "auto":
+            return self.member.host_id != store.welcome.host_id
+        return self.member.mover == "zmq"
+
+    def backlog_s(self) -> float:
+        """How long what this gateway has there takes until its last first token."""
+        return self.backlog.seconds(self.load.prompt_steps or GUESSED_PROMPT_STEPS)
+
+    def candidate(self, store: Store, num_held: int, now: float) -> Placeable:
+        """The worker for placement; `num_held`: of the request's cached tokens, those there."""
+        load, assigned = self.load, self.assigned.values()
+        queued_s = load.queued_s - (now - self.reported_at)
         return Placeable(
             name=self.member.name,
-            num_sequences=max(self.num_assigned, load.num_running + load.num_waiting),
-            num_tokens_queued=max(self.num_tokens_assigned, load.num_tokens_queued),
-            tokens_per_s=load.tokens_per_s,
+            num_sequences=max(len(self.assigned), load.num_running + load.num_waiting),
             max_num_seqs=self.member.max_num_seqs,
+            num_context_tokens=max(
+                sum(each.num_tokens for each in assigned), load.num_context_tokens
+            ),
+            backlog=self.backlog,
+            others_s=max(0.0, queued_s - self.backlog_s()),
+            prompt_steps=load.prompt_steps,
+            token_steps=load.token_steps,
+            moves=self.moves(store),
+            bytes_per_s=load.pulled_bytes_per_s,
+            num_held=num_held,
+            tpot_limit_s=min((each.tpot_target_s for each in assigned), default=math.inf),
             num_placed=self.num_placed,
             worker=self,
         )
@@ -43,7 +82,7 @@ class Worker:
 class Placeable(Candidate):
     """A candidate that knows its worker."""
 
-    worker: Worker
+    worker: Worker = field(kw_only=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,5 +98,6 @@ class Store:
     blocks: dict[str, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     handoffs: dict[str, int] = field(default_factory=dict)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     num_handoffs: int = 0
     num_waiting: int = 0

@@ -1,4 +1,4 @@
-"""Where in the fleet a request can be served now, and the wait until it can be."""
+"""The wait until a request has its turn, and somebody who can serve it."""
 
 from __future__ import annotations
 
@@ -7,42 +7,38 @@ import contextlib
 import math
 
 from common.seams import Clock
-from kvbaton.errors import UnavailableError
-from services.gateway.attempt import Place
-from services.gateway.fleet import Fleet
-from services.gateway.peers import Placeable, Store, Worker
-from services.gateway.placement import (
-    choose_colocated,
-    choose_decode,
-    choose_prefill,
-    choose_shard,
-)
+from common.step_times import attended, due_at
+from kvbaton.errors import OverloadedError, UnavailableError
+from services.gateway.assignment import Place
+from services.gateway.chooser import Chooser, owner_of
+from services.gateway.estimates import GUESSED_PROMPT_STEPS, resolved
+from services.gateway.line import Line
+from services.gateway.peers import Worker
 from services.gateway.stream import RequestStream
+
+_RUN_UP_S = 0.5  # of prompts that a worker has from us, beyond which others wait in our own line
+_RUN_UP_REQUESTS = 2  # that it has at any rate: one is computed, the next is there
 
 
 class Placer:
-    """Applies placement.py to the live fleet of one gateway."""
+    """The line of requests before the workers of one gateway's fleet, and who is let in."""
 
-    def __init__(self, fleet: Fleet, clock: Clock, mode: str) -> None:
-        self._fleet = fleet
+    def __init__(self, chooser: Chooser, clock: Clock) -> None:
+        self.line: Line[asyncio.Future[None]] = Line()
+        self._chooser = chooser
+        self._routing = chooser.routing
         self._clock = clock
-        self._mode = mode
         self._unready_since: float | None = -math.inf
         self._news = asyncio.Event()  # set when who can take work changes, and replaced
 
     @property
     def is_ready(self) -> bool:
-        return any(self.has_workers(store) for store in self._fleet.stores)
+        return self._chooser.has_place
 
     @property
     def unready_s(self) -> float:
         """For how long nothing could have been served; 0 if it could be now."""
         return 0.0 if self._unready_since is None else self._clock.now() - self._unready_since
-
-    def has_workers(self, store: Store) -> bool:
-        """Whether a request can be served with this store."""
-        roles = ("decode",) if self._mode == "colocated" else ("prefill", "decode")
-        return store.is_up and all(self._fleet.of_role(role, store) for role in roles)
 
     def on_news(self) -> None:
         """Who can take work has changed."""
@@ -52,48 +48,103 @@ class Placer:
             self._unready_since = self._clock.now()
         self._news.set()
         self._news = asyncio.Event()
+        self.let_in()
 
-    def unavailable(self) -> UnavailableError:
-        """What is missing, in words."""
-        for store in self._fleet.stores:
-            if not store.is_up:
-                return UnavailableError("the KV store cannot be reached", retry_after_s=1)
-        roles = [worker.member.role for worker in self._fleet.workers.values()]
-        missing = "decode" if "decode" not in roles else "prefill"
-        return UnavailableError(f"no {missing} worker is alive", retry_after_s=1)
+    # ---- the line -------------------------------------------------------------------------------
 
     async def wait(self, stream: RequestStream, tried: set[Worker], patience_s: float) -> Place:
         """Where to serve a request, once that is possible; workers in `tried` come last. Raises
-        UnavailableError after `patience_s`."""
+        UnavailableError after `patience_s`. Who was placed before does not wait in line again."""
+        if not stream.timeline.num_attempts:
+            await self._turn(stream)
         until = self._clock.now() + patience_s
         while True:
             news = self._news
             try:
-                return self._place(stream, tried)
+                place, stream.placement = self._chooser.choose(stream, tried)
             except UnavailableError:
+                self.let_in()  # those behind shall hear of it as well
                 left_s = until - self._clock.now()
                 if left_s <= 0:
                     raise
+            else:
+                self._chooser.placed(stream.request, place)
+                return place
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), left_s)
 
-    def _place(self, stream: RequestStream, tried: set[Worker]) -> Place:
-        stores = [store for store in self._fleet.stores if self.has_workers(store)]
-        if not stores:
-            raise self.unavailable()
-        layout = self._fleet.of_role("decode", stores[0])[0].member.layout
-        assert layout is not None
-        first_block = stream.request.prompt[: layout.block_size]
-        store = self._fleet.stores[choose_shard(first_block, [store.index for store in stores])]
-        num_tokens = len(stream.request.prompt) + len(stream.tokens)
-        decodes = self._candidates("decode", store, tried)
-        if self._mode == "colocated":
-            worker = choose_colocated(decodes, num_tokens).worker
-            return Place(store, worker, worker)
-        prefill = choose_prefill(self._candidates("prefill", store, tried), num_tokens)
-        return Place(store, prefill.worker, choose_decode(decodes).worker)
+    def let_in(self) -> None:
+        """A worker may have room for another, or whoever was let in has taken its place: it is the
+        next one's turn."""
+        if self.line and self._has_opening():
+            self.line.take().set_result(None)
 
-    def _candidates(self, role: str, store: Store, tried: set[Worker]) -> list[Placeable]:
-        workers = self._fleet.of_role(role, store)
-        fresh = [worker for worker in workers if worker not in tried]
-        return [worker.candidate() for worker in fresh or workers]
+    def ended(self, stream: RequestStream) -> None:
+        """A request is over: its output counts among tenants, too."""
+        self.line.charge(owner_of(stream.request), len(stream.tokens))
+
+    async def _turn(self, stream: RequestStream) -> None:
+        if not self.line and self._has_opening():
+            return
+        request = stream.request
+        turn = asyncio.get_running_loop().create_future()
+        takes_s = self._prompt_s(len(request.prompt))
+        target_s = self._routing.targets_of(request).ttft_ms / 1000
+        received_at = stream.timeline.received_at
+        self.line.add(
+            turn,
+            priority=request.priority,
+            tenant=owner_of(request),
+            num_tokens=len(request.prompt),
+            takes_s=takes_s,
+            due_at=received_at + target_s if target_s else due_at(received_at, takes_s),
+        )
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self.line.remove(turn)
+            if turn.done() and not turn.cancelled():
+                self.let_in()  # it was our turn, and we do not take it
+            raise
+
+    def _has_opening(self) -> bool:
+        """Whether a worker would begin soon with what it is given now, or there is none."""
+        workers = self._chooser.prefillers()
+        return not workers or any(
+            len(worker.backlog) < _RUN_UP_REQUESTS or worker.backlog_s() < _RUN_UP_S
+            for worker in workers
+        )
+
+    def _prompt_s(self, num_tokens: int) -> float:
+        """How long a worker takes for a prompt of which nothing is cached."""
+        known = [worker.load.prompt_steps for worker in self._chooser.prefillers()]
+        times = resolved(None, known, GUESSED_PROMPT_STEPS)
+        return times.prompt_s(num_tokens, attended(num_tokens, 0))
+
+    # ---- the place ------------------------------------------------------------------------------
+
+    def check_target(self, stream: RequestStream) -> None:
+        """Raises OverloadedError if this gateway refuses what would come late, and this would."""
+        target_ms = self._routing.targets_of(stream.request).ttft_ms
+        if not self._routing.refuses_late or not target_ms:
+            return
+        try:
+            _, decision = self._chooser.choose(stream, set())
+        except UnavailableError:
+            return  # that is for others to say
+        line_s = 0.0
+        if self.line:
+            line_s = self.line.ahead_s(owner_of(stream.request)) / max(
+                1, len(self._chooser.prefillers())
+            )
+        option = decision.chosen
+        expected_ms = option.ttft_ms + line_s * 1000
+        if expected_ms > target_ms:
+            raise OverloadedError(
+                f"the first token would take about {expected_ms:.0f} ms "
+                f"({line_s * 1000 + option.queue_ms:.0f} ms behind other prompts, "
+                f"{option.transfer_ms + option.compute_ms:.0f} ms for this one's, of which "
+                f"{option.num_cached_tokens} tokens are cached), which is more than the "
+                f"{target_ms:g} ms that it is meant to take at most",
+                retry_after_s=math.ceil((expected_ms - target_ms) / 1000),
+            )

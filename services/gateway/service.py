@@ -7,21 +7,28 @@ tokens into text. A gateway keeps no state that another needs: run as many as yo
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from common.config import INSECURE_HELP, KEYS_HELP, StartError, setting
+from common.metrics_port import HOST_HELP, PORT_HELP, MetricsPort
 from common.service import Seams, Tasks
-from services.gateway.admin import Admin, load_admin_key
+from services.gateway.admin import Admin, drop_cache, load_admin_key
 from services.gateway.admission import Admission
+from services.gateway.backend import Targets
+from services.gateway.chooser import Routing
 from services.gateway.clients import ClientFace
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.http import HttpFace
 from services.gateway.http_access import load_access
-from services.gateway.store_metrics import store_metrics
+from services.gateway.metrics import cluster_metrics
+from services.gateway.page.live import Live
 from services.gateway.text import TextModel
+from services.gateway.tracing import OtelSpans, load_spans
+from services.gateway.watch import Watch
 
 log = structlog.get_logger()
 
@@ -33,6 +40,11 @@ class GatewayConfig:
     name: str = setting("gateway.1", "name shown to people")
     model: str = setting("models/demo", "folder of the model, for its tokenizer and chat template")
     served_model_name: str = setting("", "name clients use; the folder's own name unless given")
+    tool_format: str = setting(
+        "auto",
+        "how the model writes tool calls; auto: as its chat template shows",
+        choices="auto hermes llama3 mistral",
+    )
     host: str = setting("127.0.0.1", "address of the HTTP server")
     http_port: int = setting(8000, "port of the HTTP server; 0 takes a free one", low=0)
     bind: str = setting("tcp://127.0.0.1:5555", "where msgpack clients reach the gateway")
@@ -57,9 +69,24 @@ class GatewayConfig:
     max_wait_s: float = setting(
         30.0, "a request is refused if it would wait longer than this for its turn", low=0
     )
+    ttft_target_ms: float = setting(
+        0.0, "time to the first token that requests are meant to have; 0: none", low=0
+    )
+    tpot_target_ms: float = setting(
+        0.0, "time per later token that requests are meant to have; 0: none", low=0
+    )
+    refuse_late: bool = setting(
+        False, "refuse at once what is predicted to miss its target for the first token"
+    )
+    max_local_tokens: int = setting(
+        64, "uncached tokens that a decode worker may compute itself where that is sooner", low=0
+    )
     max_outage_s: float = setting(
         60.0, "how long a request that has begun waits for workers or a store to come back", low=0
     )
+    otlp_endpoint: str = setting("", "where spans go: a collector's OTLP address over HTTP")
+    metrics_host: str = setting("127.0.0.1", HOST_HELP)
+    metrics_port: int = setting(0, PORT_HELP, low=0)
     keys: str = setting("", KEYS_HELP)
     insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")
@@ -75,8 +102,10 @@ class Gateway:
         self._tasks = Tasks(self._fail)
         self._dispatcher: Dispatcher | None = None
         self._text: TextModel | None = None
+        self._spans: OtelSpans | None = None
         self._http: HttpFace | None = None
         self._clients: ClientFace | None = None
+        self._metrics: MetricsPort | None = None
 
     async def start(self) -> None:
         """Load the tokenizer, connect to the stores, serve. Raises StartError."""
@@ -90,21 +119,34 @@ class Gateway:
             open_http=config.open_http,
             clock=seams.clock,
         )
-        self._text = text = TextModel(Path(config.model), config.served_model_name or None)
+        layout = None if config.tool_format == "auto" else config.tool_format
+        self._text = text = TextModel(
+            Path(config.model), config.served_model_name or None, tool_format=layout
+        )
+        self._spans = load_spans(
+            config.otlp_endpoint, os.environ, service=config.name, model=text.name
+        )
+        watch = Watch(seams.clock, self._spans)
         self._dispatcher = Dispatcher(
             seams,
             self._tasks,
             name=config.name,
             stores=config.stores.split(","),
-            mode=config.mode,
+            routing=Routing(
+                mode=config.mode,
+                targets=Targets(config.ttft_target_ms, config.tpot_target_ms),
+                refuses_late=config.refuse_late,
+                max_local_tokens=config.max_local_tokens,
+            ),
             admission=Admission(
                 max_requests=config.max_requests,
                 max_tokens=config.max_waiting_tokens,
                 max_wait_s=config.max_wait_s,
             ),
             max_outage_s=config.max_outage_s,
+            watch=watch,
         )
-        fleet = self._dispatcher.fleet
+        fleet, metrics = self._dispatcher.fleet, self._dispatcher.metrics
         self._clients = ClientFace(
             seams,
             config.bind,
@@ -121,7 +163,12 @@ class Gateway:
             clock=seams.clock,
             rng=seams.rng,
             tasks=self._tasks,
-            more_metrics=lambda: store_metrics(fleet.stores),
+            more_metrics=lambda: cluster_metrics(
+                fleet, metrics, model=text.name, gateway=config.name
+            ),
+            recent=watch.recent,
+            drop_cache=lambda: drop_cache(fleet.stores),
+            live=Live(fleet, metrics, gateway=config.name, model=text.name),
             host=config.host,
             port=config.http_port,
             access=access,
@@ -131,6 +178,8 @@ class Gateway:
             await self._http.start()
         except OSError as error:
             raise StartError(f"cannot serve HTTP: {error}") from error
+        self._metrics = MetricsPort(self._http.metrics)
+        await self._metrics.open(config.metrics_host, config.metrics_port)
         log.info("gateway_ready", http_port=self._http.port, clients=self._clients.endpoint)
 
     async def drain(self) -> None:
@@ -139,6 +188,8 @@ class Gateway:
             await self._dispatcher.drain()
 
     async def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
         if self._http is not None:
             await self._http.close()
         if self._clients is not None:
@@ -148,6 +199,8 @@ class Gateway:
             self._dispatcher.close()
         if self._text is not None:
             self._text.close()
+        if self._spans is not None:
+            await self._spans.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():

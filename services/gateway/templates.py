@@ -38,7 +38,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
         self._num_waiting = 0
         self._thread = ThreadPoolExecutor(1, "chat-template")
         self._child: _Child | None = _Child(source)
@@ -64,7 +64,7 @@ class ChatTemplate:
 
     def _render(self, values: Mapping[str, Any]) -> str:
         if self._child is None or self._child.has_died:
-            self._child = _Child(self._source)
+            self._child = _Child(self.source)
         try:
             return self._child.ask(values)
         except OSError as error:
@@ -103,7 +103,10 @@ class _Child:
 
     def ask(self, message: Any) -> str:
         """The child's answer. Raises TemplateFailedError, and OSError when the child is gone."""
-        body = json.dumps(message).encode()
+        try:
+            body = json.dumps(message).encode()
+        except RecursionError as error:
+            raise TemplateFailedError("its values are nested too deeply") from error
         self._socket.sendall(len(body).to_bytes(LENGTH_BYTES, "big") + body)
         length = int.from_bytes(self._receive(LENGTH_BYTES), "big")
         answer: dict[str, str] = json.loads(self._receive(length))

@@ -14,6 +14,7 @@ from common.config import StartError
 from kvbaton.errors import InvalidRequestError
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.generation import tokenize
+from services.gateway.openai.tools.formats import detect_format
 from services.gateway.templates import ChatTemplate, TemplateFailedError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -26,16 +27,21 @@ class TextModelError(StartError):
 class TextModel:
     """Text to token ids and back.
 
-    `name` is what clients call the model: the folder's name unless given. `vocab_size` counts the
-    ids the model knows. Raises TextModelError for a missing or broken file.
+    `name` is what clients call the model: the folder's name unless given. `tool_format` is how it
+    writes calls of tools: as its chat template shows unless given. `vocab_size` counts the ids the
+    model knows. Raises TextModelError for a missing or broken file.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str | None = None, *, tool_format: str | None = None
+    ) -> None:
         self.name = name or folder.resolve().name
         self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
         config = _read_json(folder / "tokenizer_config.json")
         self._special_tokens = _special_tokens(config)
         self._template = _load_template(folder, config)
+        source = None if self._template is None else self._template.source
+        self.tool_format = tool_format or detect_format(source)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
         vocab_size = _read_json(folder / "config.json").get("vocab_size")
@@ -51,19 +57,22 @@ class TextModel:
         *,
         add_special_tokens: bool = True,
         most_tokens: int | None = None,
+        is_end_enough: bool = False,
         field: str = "prompt",
     ) -> list[int]:
-        """The ids of a text.
+        """The ids of a text; with `is_end_enough` at least the last `most_tokens` of them.
 
         Raises InvalidRequestError (`field`) for text that is not Unicode, or that is sure to have
         more than `most_tokens`: megabytes of it would take half a minute.
         """
         if most_tokens is not None and len(text) > most_tokens * self._longest_token:
-            raise InvalidRequestError(
-                f"text of {len(text)} characters does not fit the model's context of "
-                f"{most_tokens} tokens",
-                field=field,
-            )
+            if not is_end_enough:
+                raise InvalidRequestError(
+                    f"text of {len(text)} characters does not fit the model's context of "
+                    f"{most_tokens} tokens",
+                    field=field,
+                )
+            text = text[-most_tokens * self._longest_token :]
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:  # a lone surrogate
@@ -75,10 +84,14 @@ class TextModel:
         messages: Sequence[Mapping[str, Any]],
         *,
         most_tokens: int | None = None,
+        is_end_enough: bool = False,
+        add_special_tokens: bool = False,
+        continues: bool = False,
         **options: Any,
     ) -> list[int]:
         """The ids of a conversation in the model's own format, up to where the answer begins.
 
+        With `continues` that is after the last message's text, which the answer goes on from.
         `options` reach the template by name; `add_generation_prompt` is true unless given. Raises
         InvalidRequestError (messages) when there is no template or it refuses the messages, and
         what `encode` raises.
@@ -94,10 +107,16 @@ class TextModel:
             raise InvalidRequestError(
                 f"the model's chat template refuses the messages: {error}", field="messages"
             ) from error
+        if continues:
+            text = _cut_after(text, str(messages[-1].get("content", "")))
         return await tokenize(
             len(text),
             lambda: self.encode(
-                text, add_special_tokens=False, most_tokens=most_tokens, field="messages"
+                text,
+                add_special_tokens=add_special_tokens,
+                most_tokens=most_tokens,
+                is_end_enough=is_end_enough,
+                field="messages",
             ),
         )
 
@@ -111,13 +130,35 @@ class TextModel:
         hidden = self._special_ids if skip_special_tokens else frozenset()
         return Detokenizer(self._decode, hidden)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids that the model has."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token; "" for an id that it does not use."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.decode(token_ids, skip_special_tokens=False)
 
     def _token_text(self, token_id: int) -> str:
         """How one token reads on its own, special tokens included."""
         return self._decode([token_id])
+
+
+def _cut_after(text: str, final: str) -> str:
+    """A conversation up to the end of its last message. Templates may strip that of blanks."""
+    bare = final.strip()
+    begin = text.rfind(bare)
+    if not bare or begin < 0:
+        raise InvalidRequestError(
+            "continue_final_message needs a last message with text that the model's chat template "
+            "shows",
+            field="continue_final_message",
+        )
+    whole = final.lstrip()
+    return text[: begin + len(whole if text.startswith(whole, begin) else bare)]
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

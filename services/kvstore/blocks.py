@@ -188,13 +188,24 @@ class BlockPool:
         block.is_corrupt = True
         if block.name is None:
             return False
+        self._hide(block_id)
+        return True
+
+    def hide_all(self) -> list[int]:
+        """Nobody shall find any block any more. Returns those that could be found."""
+        found = list(self._index.values())
+        for block_id in found:
+            self._hide(block_id)
+        return found
+
+    def _hide(self, block_id: int) -> None:
+        block = self[block_id]
         if block.state is BlockState.CACHED:
             self._cached.remove(block_id)
             self._set_free(block_id)
         else:
             self._forget_name(block)
         self._write(block_id)
-        return True
 
     def coldest(self, count: int) -> list[int]:
         """Cached blocks that are to be evicted soon."""

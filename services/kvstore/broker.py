@@ -9,9 +9,11 @@ import structlog
 from common.messages import (
     Aborted,
     AbortHandoff,
+    CacheDropped,
     Claim,
     Commit,
     Discard,
+    DropCache,
     Fill,
     Filled,
     GiveBack,
@@ -32,6 +34,7 @@ from common.messages import (
 )
 from common.net.server import failed
 from kvbaton.errors import ProtocolError, UnavailableError
+from kvbaton.traceparent import trace_id
 from services.kvstore.handoff import Handoff, HandoffState, OpenRequest
 from services.kvstore.history import History
 from services.kvstore.ledger import Ledger
@@ -47,7 +50,7 @@ class Broker:
     its role, None if it has gone. `must_pull(id)`: the member cannot map the arena, and wants to
     know early what it may pull. `load_first(handoff)`: whether it has to be prepared before it
     stands in line, which `prepared` ends. `forget_stored(key)`: nobody shall find the block of this
-    key on a disk either.
+    key on a disk either; `forget_all_stored()`: nor that of any.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Broker:
         *,
         load_first: Callable[[Handoff], bool] = lambda _: False,
         forget_stored: Callable[[bytes], None] = lambda _: None,
+        forget_all_stored: Callable[[], None] = lambda: None,
         history: History | None = None,
     ) -> None:
         self.ledger = ledger
@@ -69,6 +73,7 @@ class Broker:
         self._must_pull = must_pull
         self._load_first = load_first
         self._forget_stored = forget_stored
+        self._forget_all_stored = forget_all_stored
         self.num_corrupt = 0  # blocks whose bytes did not fit their digest
         self._waiting_calls: dict[str, tuple[str, int]] = {}  # handoff id -> member id, call id
 
@@ -77,6 +82,8 @@ class Broker:
         if isinstance(message, OpenHandoff):
             self._open(gateway_id, message)
             return None
+        if isinstance(message, DropCache):
+            return self._drop_cache(gateway_id)
         if isinstance(message, AbortHandoff):
             handoff = self.ledger.handoffs.get(
                 message.handoff_id or self._opened_by(gateway_id, message.open_call_id)
@@ -146,6 +153,7 @@ class Broker:
             keys=message.keys,
             num_tokens=message.num_tokens,
             after=message.after,
+            trace_id=trace_id(message.traceparent),
         )
         self.ledger.check_open(request)
         self._end_former(gateway_id, message.after)
@@ -168,6 +176,14 @@ class Broker:
         """A handoff has what it waited for, if it is not over; others may have room by it."""
         self.ledger.line_up(handoff_id)
         self.admit()
+
+    def _drop_cache(self, gateway_id: str) -> CacheDropped:
+        """What is loaded from the disk just now is found all the same."""
+        blocks = self.ledger.pool.hide_all()
+        self._forget_all_stored()
+        self.notes.blocks("blocks_dropped", blocks, gateway_id)
+        log.info("cache_dropped", gateway=gateway_id, num_blocks=len(blocks))
+        return CacheDropped(num_blocks=len(blocks))
 
     def _opened_by(self, gateway_id: str, call_id: int) -> str:
         """The handoff that waits for room because of this call; "" if none does."""
@@ -382,6 +398,7 @@ def _opened(handoff: Handoff, call_id: int) -> HandoffOpened:
         epoch=handoff.epoch,
         num_cached_blocks=handoff.num_cached,
         is_whole=handoff.state is HandoffState.SEALED,
+        num_loaded_blocks=min(handoff.num_loaded, handoff.num_cached),
     )
 
 

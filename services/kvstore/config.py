@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import INSECURE_HELP, KEYS_HELP, setting
+from common.metrics_port import HOST_HELP, PORT_HELP
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class StoreConfig:
     disk_bytes: int = setting(4 << 30, "most bytes to keep on disk, e.g. 20G", low=1)
     heartbeat_s: float = setting(2.0, "interval of heartbeats", low=0.01)
     lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
+    metrics_host: str = setting("127.0.0.1", HOST_HELP)
+    metrics_port: int = setting(0, PORT_HELP, low=0)
     keys: str = setting("", KEYS_HELP)
     insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")

@@ -47,6 +47,7 @@ class OpenRequest:
     keys: list[bytes]
     num_tokens: int
     after: str = ""
+    trace_id: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,10 +69,12 @@ class Handoff:
     blocks: list[int] = field(default_factory=list)
     num_committed: int = 0
     num_cached: int = 0
+    num_loaded: int = 0  # blocks that came from the disk for it
     num_reserved: int = 0
     writer: str = ""
     is_fenced: bool = False  # once aborting: the gateway takes nothing of it any more
     is_kept: bool = False  # once aborting or held: its gateway may go on from what is final
+    trace_id: str = ""  # for logs
     num_computed: int = 0  # positions, if the unfinished last block is final too: held or sealed
 
     def needs(self, member_id: str) -> bool:

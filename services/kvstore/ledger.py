@@ -54,6 +54,7 @@ class Ledger(Room):
             root_key=request.root_key,
             keys=list(request.keys),
             num_tokens=request.num_tokens,
+            trace_id=request.trace_id,
         )
         self.handoffs[handoff.handoff_id] = self._preparing[handoff.handoff_id] = handoff
         former = self.handoffs.get(request.after)

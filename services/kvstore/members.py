@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from common.messages import Load, Member
+from common.messages import Load, Member, WorkerCounts
 from common.net.liveness import Liveness
 
 
@@ -33,13 +33,20 @@ class Members:
         self._members[member.member_id] = member
         self._liveness.heard(member.member_id, now)
 
-    def heard(self, member_id: str, load: Load, ready: bool, now: float) -> bool:
+    def heard(
+        self,
+        member_id: str,
+        load: Load,
+        ready: bool,
+        now: float,
+        counts: WorkerCounts | None = None,
+    ) -> bool:
         """A heartbeat. True if gateways must know at once: the member has become ready by it, or
         takes no more work."""
         member = self._members[member_id]
         self._liveness.heard(member_id, now)
-        if load != member.load:
-            self._members[member_id] = msgspec.structs.replace(member, load=load)
+        if (load, counts) != (member.load, member.counts):
+            self._members[member_id] = msgspec.structs.replace(member, load=load, counts=counts)
         is_new = ready and member_id not in self._ready
         if is_new:
             self._ready.add(member_id)

@@ -29,7 +29,10 @@ class Notes:
         detail: str = "",
     ) -> None:
         """A handoff has taken a step, by a member."""
-        log.debug(name, handoff=handoff.handoff_id, request=handoff.request_id, detail=detail)
+        trace = {"trace": handoff.trace_id} if handoff.trace_id else {}
+        log.debug(
+            name, handoff=handoff.handoff_id, request=handoff.request_id, detail=detail, **trace
+        )
         self.history.note(
             name,
             handoff.handoff_id,

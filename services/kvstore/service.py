@@ -21,6 +21,7 @@ import asyncio
 
 import structlog
 
+from common.cluster_metrics import StoreRow, store_families
 from common.kv.arena import ArenaError
 from common.kv.layout import KvLayout
 from common.messages import (
@@ -40,6 +41,8 @@ from common.messages import (
 )
 from common.messages import Members as MembersMessage
 from common.messages.rights import RIGHTS
+from common.metrics import exposition, render
+from common.metrics_port import MetricsPort
 from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
@@ -86,6 +89,7 @@ class KvStore:
         self._shown: MembersMessage | None = None  # what gateways were told last
         self._server: Server | None = None
         self._data: DataServer | None = None
+        self._metrics = MetricsPort(self.metrics)
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ class KvStore:
             handle=lambda peer, message, _bulk: self._handle(peer, message),
             gone=self._peer_gone,
         )
+        await self._metrics.open(config.metrics_host, config.metrics_port)
         self._tasks.spawn(self._tick(), "tick")
         self._tasks.spawn(self._expire(), "expire")
         log.info("store_ready", endpoint=self._server.endpoint, arena=self._memory.path)
@@ -135,6 +140,7 @@ class KvStore:
         """Nothing to wait for: without the store the cluster does no work."""
 
     async def close(self) -> None:
+        self._metrics.close()
         await self._tasks.close()
         self._writers.close()
         for server in (self._server, self._data):
@@ -323,6 +329,17 @@ class KvStore:
             "messages_refused_total": self._server.refusals.num + self._data.num_refused,
         }
 
+    def metrics(self) -> bytes:
+        """For its own /metrics."""
+        ledger = self.serving.ledger if self.serving is not None else None
+        row = StoreRow(
+            self.config.name,
+            ledger.pool.counts() if ledger is not None else {},
+            handoffs_by_state(ledger) if ledger is not None else {},
+            self.counters(),
+        )
+        return exposition() + render(store_families([row]))
+
     # ---- messages -------------------------------------------------------------------------------
 
     def _stopped(self, sender: Member, former_id: str) -> None:
@@ -349,7 +366,8 @@ class KvStore:
         member = self._server.peers[peer]
         if isinstance(message, Heartbeat):
             now = self._seams.clock.now()
-            if self._members.heard(member.member_id, message.load, message.ready, now):
+            load, counts = message.load, message.counts
+            if self._members.heard(member.member_id, load, message.ready, now, counts):
                 log.info("member_ready", name=member.name, member=member.member_id)
                 self._show_members()
             return Ok()

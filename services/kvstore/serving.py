@@ -78,6 +78,7 @@ class Serving:
             self._must_pull,
             load_first=self._load_first,
             forget_stored=self._forget_stored,
+            forget_all_stored=self._forget_all_stored,
             history=History(seams.clock.now),
         )
         self._formers: Formers | None = None
@@ -181,6 +182,10 @@ class Serving:
     def _forget_stored(self, key: bytes) -> None:
         if self.tiering is not None:
             self.tiering.tier.forget(key)
+
+    def _forget_all_stored(self) -> None:
+        if self.tiering is not None:
+            self.tiering.tier.forget_all()
 
     @property
     def num_corrupt(self) -> int:

@@ -184,6 +184,7 @@ class Tiering:
                         batch = missing[start : start + self._batch]
                         if len(batch) > self._ledger.room or not await self._load_batch(batch):
                             break
+                        handoff.num_loaded += len(batch)
             finally:
                 self.is_overdue = False
                 # What is held for it becomes its own now, if there is room for the rest.

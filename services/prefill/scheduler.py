@@ -1,11 +1,16 @@
 """Which prompts, and how much of each, the next step computes. Pure.
 
-Prompts are served in the order they became ready, in chunks under a token budget for each step:
-several short prompts share a step, a long one is spread over several (Sarathi-Serve, section 4.2).
+Prompts are computed in chunks under a token budget for each step: several short prompts share a
+step, a long one is spread over several (Sarathi-Serve, section 4.2). They are served in the order
+in which they are due (common/step_times.py), so between two chunks of a long prompt short ones that
+came later have their turn, and nobody starves.
 A sequence stays in the line until its last token is computed.
 """
 
 from __future__ import annotations
+
+from bisect import insort
+from operator import itemgetter
 
 from common.worker.sequence import Sequence, plan_chunks
 
@@ -16,17 +21,17 @@ class PrefillScheduler:
     def __init__(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._ready: list[Sequence] = []
+        self._ready: list[tuple[float, Sequence]] = []  # the first due first
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, due_at: float) -> None:
         """The sequence has its blocks, and its cached ones can be read."""
-        self._ready.append(sequence)
+        insort(self._ready, (due_at, sequence), key=itemgetter(0))
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is computed or over."""
-        if sequence in self._ready:
-            self._ready.remove(sequence)
+        self._ready = [ready for ready in self._ready if ready[1] is not sequence]
 
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: sequences, and how many tokens of each."""
-        return plan_chunks(self._ready[: self._max_num_seqs], self._budget)
+        first = [sequence for _, sequence in self._ready[: self._max_num_seqs]]
+        return plan_chunks(first, self._budget)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from common.engine.work import Sampled, Work
 from common.messages import Aborted, Fill, Load, Message, Ok, Prefill, Quit, Seal, StaleError
+from common.step_times import due_at
 from common.worker.runtime import WorkerRuntime
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
@@ -32,10 +33,14 @@ class PrefillRole:
         self._max_held = config.max_num_seqs + config.max_waiting
 
     def load(self) -> Load:
+        fits = self._runtime.step_fits
         return Load(
             num_running=len(self._sequences),
             num_tokens_queued=sum(seq.num_uncomputed for seq in self._sequences.values()),
+            queued_s=fits.queued_s(self._sequences.values()),
             tokens_per_s=self._runtime.tokens_per_s,
+            prompt_steps=fits.prompts,
+            pulled_bytes_per_s=self._runtime.pull_rate.bytes_per_s,
             is_draining=self._runtime.is_draining,
         )
 
@@ -81,8 +86,9 @@ class PrefillRole:
         """Get the blocks; make the cached ones readable here."""
         step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
         if await self._runtime.take_blocks(sequence, step):
-            sequence.joined_at = self._runtime.seams.clock.now()
-            self._scheduler.add(sequence)
+            sequence.progress.joined_at = self._runtime.seams.clock.now()
+            takes_s = self._runtime.step_fits.queued_s([sequence])
+            self._scheduler.add(sequence, due_at(sequence.arrived_at, takes_s))
             self._runtime.wake()
 
     def plan(self) -> list[tuple[Sequence, Work]]:

@@ -21,7 +21,6 @@ from kvbaton import AsyncClient
 from scripts.make_model import make_model
 from tests.cluster.processes import running
 
-NUM_REQUESTS = 16
 NUM_TOKENS = 40
 VOCAB = 512
 MODES: dict[str, dict[str, Any]] = {
@@ -41,13 +40,27 @@ class Request:
         return bool(self.options["temperature"] == 0)
 
 
-Output = list[tuple[int, float | None, tuple[tuple[int, float], ...]]]
+Scored = list[tuple[int, float | None, tuple[tuple[int, float], ...]]]
+Output = tuple[Scored, Scored]  # the prompt's tokens, if it was scored, and those drawn
+
+FEW = list(range(40, 60))
+# What else a request can ask for. tests/sim/test_sampling_fields.py has more of it.
+FEATURES: tuple[dict[str, Any], ...] = (
+    {"logit_bias": {7: 6.0, 8: 5.5, 9: -100.0}},
+    {
+        "allowed_token_ids": FEW,
+        "bad_words": [[first, second] for first in FEW for second in FEW[:9]],
+    },
+    {"structured_outputs": {"regex": "([a-e]{2}-){9,30}"}},
+    {"prompt_logprobs": 2},
+    {"prompt_logprobs": 0, "temperature": 0},
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return make_model(folder, family="qwen3", vocab=VOCAB, head_dim=32, eos=None, seed=3)
+    return make_model(folder, family="qwen3", vocab=VOCAB, head_dim=32, seed=3)
 
 
 def requests() -> list[Request]:
@@ -55,15 +68,18 @@ def requests() -> list[Request]:
     rng = random.Random(5)
     common = [rng.randrange(5, VOCAB) for _ in range(70)]
     made = []
-    for index in range(NUM_REQUESTS):
-        length = [1, 15, 16, 17, 31, 64, 65, 200][index // 2]
+    for index in range(16 + len(FEATURES)):
+        length = [1, 15, 16, 17, 31, 64, 65, 200, 2, 90, 120][index // 2]
         tokens = [rng.randrange(5, VOCAB) for _ in range(length)]
-        options: dict[str, Any] = {"max_tokens": NUM_TOKENS, "logprobs": 3, "temperature": 0}
+        options: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "logprobs": 3}
+        options |= {"temperature": 0}
         if index % 2:
             options |= {
                 "temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "seed": index,
                 "presence_penalty": 0.4, "frequency_penalty": 0.3, "repetition_penalty": 1.2,
             }  # fmt: skip
+        if index >= 16:
+            options |= {"temperature": 0.9, "seed": index} | FEATURES[index - 16]
         prompt = common + tokens if index // 2 % 2 else tokens
         made.append(Request(prompt, options))
     return made
@@ -75,11 +91,15 @@ async def ask(endpoint: str, asked: list[Request]) -> tuple[list[Output], int]:
 
         async def one(request: Request) -> tuple[Output, int]:
             stream = client.generate(token_ids=request.prompt, **request.options)
-            output = [
+            drawn = [
                 (token.token_id, token.logprob, tuple(token.top_logprobs)) async for token in stream
             ]
             assert stream.usage is not None
-            return output, stream.usage.num_cached_tokens
+            scored = [
+                (token.token_id, token.logprob, tuple(token.top_logprobs))
+                for token in stream.prompt
+            ]
+            return (scored, drawn), stream.usage.num_cached_tokens
 
         first = await asyncio.gather(*(one(request) for request in asked))
         second = await asyncio.gather(*(one(request) for request in reversed(asked)))
@@ -108,9 +128,8 @@ def outputs_of(
     return outputs
 
 
-def reference(model: Path, request: Request) -> list[int]:
+def reference(loaded: Any, request: Request) -> list[int]:
     """transformers' greedy continuation."""
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prompt = torch.tensor([request.prompt])
     with torch.no_grad():
         tokens = loaded.generate(
@@ -121,6 +140,18 @@ def reference(model: Path, request: Request) -> list[int]:
             pad_token_id=0,
         )
     return [int(token) for token in tokens[0, len(request.prompt) :]]
+
+
+def check_scores(loaded: Any, request: Request, scored: Scored) -> None:
+    """The prompt's log-probabilities are transformers'."""
+    with torch.no_grad():
+        logprobs = loaded(torch.tensor([request.prompt])).logits[0].log_softmax(-1)
+    assert [token for token, _, _ in scored] == request.prompt
+    assert scored[0][1:] == (None, ())
+    for place, (token, logprob, top) in enumerate(scored[1:]):
+        assert len(top) == request.options["prompt_logprobs"]
+        for each, value in ((token, logprob), *top):
+            assert value == pytest.approx(float(logprobs[place, each]), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +165,13 @@ def test_every_path_gives_the_same_bits(
     }
     for mode in MODES:
         assert outputs[mode] == outputs["shm"], mode
-    assert len({tuple(output) for output in outputs["shm"]}) == NUM_REQUESTS
-    assert all(len(output) == NUM_TOKENS for output in outputs["shm"])
+    assert len({tuple(drawn) for _, drawn in outputs["shm"]}) == len(requests())
+    assert all(len(drawn) == NUM_TOKENS for _, drawn in outputs["shm"])
     if dtype == "float32":
-        for request, output in zip(requests(), outputs["shm"], strict=True):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded.generation_config.eos_token_id = None
+        for request, (scored, drawn) in zip(requests(), outputs["shm"], strict=True):
             if request.is_greedy:
-                assert [token for token, _, _ in output] == reference(model, request)
+                assert [token for token, _, _ in drawn] == reference(loaded, request)
+            if "prompt_logprobs" in request.options:
+                check_scores(loaded, request, scored)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from kvbaton.conversation import ChatMessage
 from kvbaton.errors import OverloadedError, UnavailableError
 from kvbaton.protocol import (
     MAX_STOP_STRINGS,
-    ChatMessage,
     Done,
     Error,
     Generate,

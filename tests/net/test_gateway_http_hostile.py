@@ -36,11 +36,11 @@ async def exchange(face: HttpFace, *parts: bytes) -> bytes:
     return answer
 
 
-def status_and_code(answer: bytes) -> tuple[int, str]:
+def status_and_type(answer: bytes) -> tuple[int, str]:
     head, _, body = answer.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/1.1 (\d+)", head)
     assert status
-    return int(status[1]), json.loads(body)["error"]["code"]
+    return int(status[1]), json.loads(body)["error"]["type"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def status_and_code(answer: bytes) -> tuple[int, str]:
 async def test_what_is_not_http_is_refused(raw: bytes) -> None:
     backend = FakeBackend()
     async with running_face(backend) as face:
-        assert status_and_code(await exchange(face, raw)) == (400, "bad_request")
+        assert status_and_type(await exchange(face, raw)) == (400, "BadRequestError")
     assert backend.requests == []
 
 
@@ -74,7 +74,7 @@ async def test_what_is_not_http_is_refused(raw: bytes) -> None:
 async def test_a_head_has_a_limit(begin: bytes, more: bytes) -> None:
     head = (begin + more * http_server._MAX_HEAD_BYTES)[: http_server._MAX_HEAD_BYTES + 1]
     async with running_face(FakeBackend()) as face:
-        assert status_and_code(await exchange(face, head)) == (431, "head_too_large")
+        assert status_and_type(await exchange(face, head)) == (431, "RequestHeaderFieldsTooLarge")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ async def test_chunk_extensions_and_trailers_have_a_limit(tail: bytes) -> None:
 async def test_a_head_must_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "_HEAD_TIMEOUT_S", 0.02)
     async with running_face(FakeBackend()) as face:
-        assert status_and_code(await exchange(face, b"GET /heal")) == (408, "request_timeout")
+        assert status_and_type(await exchange(face, b"GET /heal")) == (408, "RequestTimeout")
         assert await exchange(face) == b""
 
 
@@ -99,7 +99,7 @@ async def test_a_body_must_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(bodies, "_TIMEOUT_S", 0.02)
     async with running_face(FakeBackend()) as face:
         answer = await exchange(face, HEAD + b"content-length: 10\r\n\r\n{")
-        assert status_and_code(answer) == (408, "request_timeout")
+        assert status_and_type(answer) == (408, "RequestTimeout")
 
 
 def chunks_of(num_bytes: int) -> Iterator[bytes]:
@@ -131,16 +131,16 @@ async def test_a_body_without_end_is_not_read_for_ever(monkeypatch: pytest.Monke
     async with running_face(FakeBackend()) as face:
         head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
         answer = await exchange(face, head + chunk * 3)
-    assert status_and_code(answer) == (413, "too_large")
+    assert status_and_type(answer) == (413, "RequestEntityTooLarge")
 
 
 async def test_a_declared_length_is_refused_before_the_body_when_the_client_asks() -> None:
     async with running_face(FakeBackend()) as face:
         head = HEAD + b"content-length: %d\r\n" % (MAX_BODY_BYTES + 1)
         answer = await exchange(face, head + b"expect: 100-continue\r\n\r\n")
-        assert status_and_code(answer) == (413, "too_large")
+        assert status_and_type(answer) == (413, "RequestEntityTooLarge")
         answer = await exchange(face, HEAD + b"content-length: 999999999999\r\n\r\n")
-        assert status_and_code(answer) == (413, "too_large")
+        assert status_and_type(answer) == (413, "RequestEntityTooLarge")
 
 
 async def test_all_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

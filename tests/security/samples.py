@@ -11,6 +11,7 @@ from msgspec import inspect
 
 from common.messages import FromStore, FromWorker, ToStore, ToWorker
 from kvbaton.protocol import ClientMessage, GatewayMessage
+from kvbaton.traceparent import PATTERN as TRACEPARENT
 
 # What each decoder of the project takes.
 UNIONS: dict[str, Any] = {
@@ -23,13 +24,16 @@ UNIONS: dict[str, Any] = {
 }
 
 _PATTERNS = {
+    "^([0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$": ["", f"00-{'a' * 32}-{'b' * 16}-01"],
     "^[0-9a-f]{32}$": ["0" * 32, "e" * 32, "0123456789abcdef0123456789abcdef"],
     "^(gateway|prefill|decode)$": ["gateway", "prefill", "decode"],
     "^(auto|shm|zmq)$": ["auto", "shm", "zmq"],
     "^(bfloat16|float16|float32|uint8)$": ["bfloat16", "float16", "float32", "uint8"],
+    TRACEPARENT: ["", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
 }
 _INTEGERS = [0, 1, 2, 3, 16, 127, 128, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1, -1, -(2**63)]
 _FLOATS = [0.0, 0.5, 1.0, -1.0, 1e308, 5e-324, float("inf"), float("-inf"), float("nan")]
+_ANYTHING = [None, True, -1, 0.5, "", "ö", b"\xff", [], [[1], {}], {"type": {"x": [None]}}]
 _MAX_ITEMS = 4
 
 Fields = dict[str, Any]
@@ -62,8 +66,10 @@ def _value(kind: inspect.Type, rng: Random) -> Any:
         case inspect.TupleType():
             value = [_value(each, rng) for each in kind.item_types]
         case inspect.DictType():
-            keys = [_text(rng) for _ in range(rng.randrange(_MAX_ITEMS))]
+            keys = [str(_value(kind.key_type, rng)) for _ in range(rng.randrange(_MAX_ITEMS))]
             value = {key: _value(kind.value_type, rng) for key in keys}
+        case inspect.AnyType():
+            value = rng.choice(_ANYTHING)
         case inspect.StrType(pattern=str(pattern)):
             value = rng.choice(_PATTERNS[pattern])
         case _:

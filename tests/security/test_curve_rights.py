@@ -29,7 +29,7 @@ from common.messages.rights import RIGHTS
 from common.net.order import first_number
 from common.net.server import Server
 from common.service import Tasks, live_seams
-from kvbaton import protocol
+from kvbaton import protocol, questions
 from kvbaton.codec import encode
 from kvbaton.errors import KvbatonError
 from services.gateway.admin import Admin
@@ -40,10 +40,12 @@ from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model, says
 
 # What the table must say, in other words than its own: a change of rights is a change of this too.
 _MEMBER = "hello heartbeat leave stopped"
-_CLIENT, _ADMIN = "hello ping generate cancel", "hello ping cancel audit why"
+_ANYBODY = "hello ping cancel models"
+_CLIENT = f"{_ANYBODY} generate score tokenize detokenize"
+_ADMIN = f"{_ANYBODY} audit why stats"
 EXPECTED = {
     "kvstore": {
-        "gateway": f"{_MEMBER} open abort ask_audit ask_why",
+        "gateway": f"{_MEMBER} open abort ask_audit ask_why drop_cache",
         "prefill": f"{_MEMBER} fill commit seal quit discard holdings",
         "decode": f"{_MEMBER} fill commit seal quit discard holdings claim release suspend yield"
         " lease give_back",
@@ -216,7 +218,7 @@ class Face:
         """What comes of it at last: the name of the answer, the code of a refusal."""
         self.wire.deliver(peer, [encode(message)], user)
         answers = [""]
-        while answers[-1] in ("", "Accepted", "Tokens"):
+        while answers[-1] in ("", "Accepted", "Prompt", "Tokens"):
             await asyncio.sleep(0)
             for raw in self.wire.take(peer):
                 answer = DECODERS["gateway"].decode(raw)
@@ -239,6 +241,9 @@ class Face:
 
 
 GENERATE = protocol.Generate(id=1, text="x")
+SCORE = questions.Score(id=1, token_ids=[[5]])
+TOKENIZE = questions.Tokenize(id=1, text="x")
+DETOKENIZE = questions.Detokenize(id=1, token_ids=[5])
 AUDIT = protocol.Audit(id=1, admin_key=ADMIN_KEY)
 WHY = protocol.Why(id=1, admin_key=ADMIN_KEY, name="x")
 
@@ -258,6 +263,35 @@ async def test_clients_generate_and_operators_ask(user: str, answers: list[str])
         heard += [await face.say(each, user) for each in (GENERATE, AUDIT, WHY, protocol.Ping())]
         assert heard == answers
         assert len(face.backend.requests) == answers.count("Done")
+
+
+@pytest.mark.parametrize(
+    ("user", "answers"),
+    [
+        (
+            "client/acme/bob",
+            ["Scored", "Tokenized", "Detokenized", "ModelList", "forbidden"],
+        ),
+        ("admin", ["forbidden", "forbidden", "forbidden", "ModelList", "Counted"]),
+        ("", ["Scored", "Tokenized", "Detokenized", "ModelList", "Counted"]),
+        *((role, ["forbidden"] * 5) for role in ("gateway", "kvstore", "prefill", "decode")),
+    ],
+)
+async def test_questions_take_the_right_to_them(user: str, answers: list[str]) -> None:
+    async with Face() as face:
+        await face.hello(user)
+        asked = (SCORE, TOKENIZE, DETOKENIZE, questions.Models(id=1), questions.Stats(id=1))
+        assert [await face.say(each, user) for each in asked] == answers
+        assert [request.tenant for request in face.backend.requests] == (
+            ["acme"] if user.startswith("client") else [""] if not user else []
+        )
+
+
+async def test_questions_too_come_after_hello() -> None:
+    async with Face() as face:
+        for message in (SCORE, TOKENIZE, DETOKENIZE, questions.Models(id=1)):
+            assert await face.say(message, "client/acme/bob") == "hello_required"
+        assert face.backend.requests == []
 
 
 async def test_an_operators_key_file_alone_does_not_open_the_books() -> None:

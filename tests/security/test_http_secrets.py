@@ -106,7 +106,7 @@ async def test_secrets_are_nowhere(logs: io.StringIO, caplog: pytest.LogCaptureF
         assert 'status="429"' in metrics.text
         shown.append(metrics.text)
     assert "http_request_failed" in logs.getvalue()
-    assert "unknown_field_ignored" in logs.getvalue()
+    assert "unknown_fields_ignored" in logs.getvalue()
     for secret in SECRETS:
         for text in (logs.getvalue(), caplog.text, *shown):
             assert secret not in text

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from common.engine.mock import MockEngine
+from common.engine.work import Engine
 from common.messages import Message
 from common.service import DRAIN_TIMEOUT_S, Seams
 from common.worker.config import WorkerConfig
@@ -18,6 +19,7 @@ from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
+from services.gateway.chooser import Routing
 from services.gateway.stream import RequestStream
 from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
@@ -70,9 +72,13 @@ def listen(network: SimNetwork, kind: type[M], callback: Callable[[Pipe, M], Non
     network.listeners.append(on_delivery)
 
 
+def mock_engine(config: WorkerConfig) -> Engine:
+    return MockEngine(config.mock_step_ms / 1000, config.mock_token_ms / 1000)
+
+
 @dataclass
 class Shape:
-    """How many of each, and their settings."""
+    """How many of each, and their settings; `num_blocks` counts blocks of the mock engine."""
 
     num_prefill: int = 1
     num_decode: int = 1
@@ -85,7 +91,9 @@ class Shape:
     lost_after_s: float = 8.0
     disk_bytes: int = 0  # 0: no disk tier
     mode: str = "disaggregated"
+    routing: dict[str, Any] = field(default_factory=dict)
     worker: dict[str, Any] = field(default_factory=dict)
+    engine: Callable[[WorkerConfig], Engine] = mock_engine
 
 
 Process = SimGateway | WorkerRuntime | KvStore
@@ -225,8 +233,8 @@ class SimCluster:
             **shape.worker,
         )
 
-        async def make_engine(config: WorkerConfig) -> MockEngine:
-            return MockEngine(config.mock_step_ms / 1000, config.mock_token_ms / 1000)
+        async def make_engine(config: WorkerConfig) -> Engine:
+            return shape.engine(config)
 
         def make_role(runtime: WorkerRuntime) -> Role:
             return roles[role_name](runtime)
@@ -243,8 +251,9 @@ class SimCluster:
         """On another host nobody sees it end."""
         seams = self._seams("gateway", host_id)
         name = self.world.network.names[seams.pid]
+        routing = Routing(mode=self.shape.mode, **self.shape.routing)
         gateway = self.world.context(seams.pid).run(
-            SimGateway, name, seams, list(STORES[: self.shape.num_stores]), self.shape.mode
+            SimGateway, name, seams, list(STORES[: self.shape.num_stores]), routing
         )
         self._pids[gateway] = seams.pid
         self.gateways.append(gateway)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.service import Seams, Tasks
 from kvbaton.errors import ConnectionLostError
 from services.gateway.admission import Admission
+from services.gateway.chooser import Routing
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.stream import RequestStream
 
@@ -12,7 +13,7 @@ from services.gateway.stream import RequestStream
 class SimGateway:
     """Whoever asks it reads the stream itself."""
 
-    def __init__(self, name: str, seams: Seams, stores: list[str], mode: str) -> None:
+    def __init__(self, name: str, seams: Seams, stores: list[str], routing: Routing) -> None:
         self.name = name
         self.seams = seams
         self.failures: list[BaseException] = []
@@ -23,7 +24,7 @@ class SimGateway:
             self._tasks,
             name=name,
             stores=stores,
-            mode=mode,
+            routing=routing,
             admission=Admission(max_requests=1000, max_tokens=10**9, max_wait_s=1000),
             max_outage_s=60,
         )

@@ -127,7 +127,9 @@ def sequence_kv(engine: TorchEngine, slots: Sequence[int], length: int) -> Tenso
 
 def logits_of(engine: TorchEngine, works: Sequence[Work]) -> Tensor:
     """Raw logits of the works' sampled rows."""
-    return engine._logits(works).clone()
+    with torch.inference_mode():
+        hidden, step = engine._forward(works)
+        return engine.model.logits(hidden, step.sample_rows).clone()
 
 
 def random_tokens(rng: random.Random, count: int) -> list[int]:

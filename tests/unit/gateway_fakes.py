@@ -13,6 +13,7 @@ from typing import Any
 from common.seams import LiveClock
 from common.service import Tasks
 from services.gateway.backend import GenerationRequest, PromptToken, Timeline, TokenEvent
+from services.gateway.decision import Decision
 from services.gateway.http import HttpFace
 from services.gateway.text import TextModel
 
@@ -42,6 +43,18 @@ def events(token_ids: Sequence[int], finish_reason: str = "length") -> list[Toke
     ]
 
 
+def looked_at(request: GenerationRequest) -> list[PromptToken]:
+    """What a worker says of the prompt, if it is asked: each token half as likely as the last, and
+    the next id as the likelier one."""
+    count = request.sampling.prompt_logprobs
+    if count is None:
+        return []
+    return [
+        PromptToken(token_id, -index, ((token_id + 1, -0.1), (token_id, -index))[:count])
+        for index, token_id in enumerate(request.prompt[1:], 1)
+    ]
+
+
 def says(text: str, *, stops: bool = False) -> list[TokenEvent]:
     """The events of an answer; with `stops`, eos follows it."""
     token_ids = demo_model().encode(text, add_special_tokens=False)
@@ -56,6 +69,7 @@ class FakeStream:
         self.timeline = Timeline()
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[PromptToken] = []
+        self.placement: Decision | None = None
         self.num_cancels = 0
         self.cancelled = asyncio.Event()
         self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
@@ -103,6 +117,7 @@ class FakeBackend:
             raise script[0].error
         stream = FakeStream(request)
         stream.num_cached_tokens = self.num_cached_tokens
+        stream.prompt_logprobs = looked_at(request)
         stream.feed(script)
         self.requests.append(request)
         self.streams.append(stream)
@@ -138,10 +153,11 @@ class FakeRng:
 @asynccontextmanager
 async def running_face(backend: FakeBackend, **options: Any) -> AsyncIterator[HttpFace]:
     """An HTTP face on a free port; a failure of its server fails the test."""
-    options = {"model": demo_model(), "rng": FakeRng(), "clock": LiveClock(), **options}
+    common: dict[str, Any] = {"model": demo_model(), "rng": FakeRng(), "port": 0}
+    options = {"clock": LiveClock(), **common, **options}
     failures: list[BaseException] = []
     tasks = Tasks(failures.append)
-    face = HttpFace(backend, tasks=tasks, port=0, **options)
+    face = HttpFace(backend, tasks=tasks, **options)
     await face.start()
     try:
         yield face

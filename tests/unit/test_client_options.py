@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from kvbaton.conversation import ChatMessage
 from kvbaton.errors import TooLargeError, UnprocessableError
-from kvbaton.protocol import MAX_REQUEST_BYTES, ChatMessage, Generate, client_message_decoder
+from kvbaton.protocol import MAX_REQUEST_BYTES, Generate, client_message_decoder
 from kvbaton.request import encode_request, make_request
 from kvbaton.sampling import SamplingParams
 
@@ -60,7 +61,7 @@ def test_a_deadline_is_rounded_up_and_a_past_one_is_left_to_the_gateway() -> Non
         {"token_ids": 5},
         {"token_ids": [2**64]},
         {"seed": 2**70},
-        {"messages": [{"role": "user"}]},
+        {"messages": [{"content": "x"}]},
         {"messages": ["hello"]},
         {"stop": [b"x"]},
         {"model": 1},
@@ -88,3 +89,37 @@ def test_an_unknown_option_is_a_type_error() -> None:
 def test_a_request_over_the_limit_is_refused_before_it_is_sent() -> None:
     with pytest.raises(TooLargeError, match=f"the limit is {MAX_REQUEST_BYTES}"):
         request("x" * MAX_REQUEST_BYTES)
+
+
+def test_bad_words_are_texts_or_tokens_and_biases_have_numbers_for_keys() -> None:
+    message = request("x", bad_words=["a", (5, 6)], logit_bias={"7": -1, 8: 2}, n=2)
+    assert message.bad_words == ["a"]
+    assert message.sampling == SamplingParams(bad_words=[[5, 6]], logit_bias={7: -1.0, 8: 2.0})
+    assert message.n == 2
+
+
+def test_the_parts_of_a_content_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (turn,) = request(messages=[{"role": "user", "content": parts}]).messages or []
+    assert turn.content == "a\nb"
+    with pytest.raises(UnprocessableError, match="only those of type text"):
+        request(messages=[{"role": "user", "content": [{"type": "image_url"}]}])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bad_words": [5]},
+        {"bad_words": [[b"x"]]},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": [1]},
+        {"tools": [5]},
+        {"response_format": {"type": object()}},
+        {"n": "2"},
+    ],
+)
+def test_options_of_the_wrong_type_are_refused_before_they_are_sent(
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(UnprocessableError, match="not a request of this protocol"):
+        request("x", **options)

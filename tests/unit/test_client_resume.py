@@ -23,12 +23,14 @@ from kvbaton.protocol import (
     Done,
     Generate,
     Resume,
+    Resumed,
     Timings,
     Token,
     Tokens,
     Usage,
     client_message_decoder,
 )
+from kvbaton.questions import Prompt, PromptToken
 from kvbaton.resume import ResumableRequest
 from kvbaton.sampling import SamplingParams
 from kvbaton.session import Event
@@ -203,3 +205,46 @@ def test_pauses_grow_up_to_a_second_and_differ() -> None:
         pauses = {backoff_s(num_failures) for _ in range(50)}
         assert all(most / 2 <= pause <= most for pause in pauses)
         assert len(pauses) > 10
+
+
+# ---- several choices, and prompts ----------------------------------------------------------------
+
+
+def of_choice(choice: int, *indexes: int, finish_reason: str | None = None) -> Tokens:
+    made = [Token(index=index, token_id=50 + index, choice=choice) for index in indexes]
+    return Tokens(id=1, tokens=made, finish_reason=finish_reason)
+
+
+def prompt(*indexes: int) -> Prompt:
+    return Prompt(id=1, tokens=[PromptToken(index=index, token_id=index) for index in indexes])
+
+
+def test_each_choice_goes_on_from_its_own_tokens() -> None:
+    world = World(Generate(id=1, text="x", n=3))
+    world.sent()
+    world.take(ACCEPTED, of_choice(2, 0, 1), of_choice(0, 0, finish_reason="stop"), LOST)
+    assert world.sent().resume == Resume(
+        request_id="a" * 32,
+        seed=7,
+        choices=[
+            Resumed(tokens=[50], finish_reason="stop"),
+            Resumed(),
+            Resumed(tokens=[50, 51]),
+        ],
+    )
+    world.take(of_choice(2, 1, 2), of_choice(1, 0))
+    assert world.heard[2:] == [of_choice(2, 2), of_choice(1, 0)]
+
+
+@pytest.mark.parametrize("wrong", [of_choice(3, 0), of_choice(-1, 0), of_choice(1, 1)])
+def test_tokens_of_no_choice_or_out_of_order_end_it(wrong: Tokens) -> None:
+    world = World(Generate(id=1, text="x", n=3))
+    assert world.take(ACCEPTED, wrong)
+    assert isinstance(world.heard[0], ProtocolError)
+
+
+def test_a_prompt_that_comes_again_is_left_out(world: World) -> None:
+    world.take(ACCEPTED, prompt(0, 1), LOST, ACCEPTED, prompt(0), prompt(1, 2), tokens(0))
+    assert world.heard == [prompt(0, 1), prompt(2), tokens(0)]
+    world.take(prompt(4))
+    assert isinstance(world.heard[-1], ProtocolError)

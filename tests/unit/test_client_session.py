@@ -31,6 +31,16 @@ from kvbaton.protocol import (
     Welcome,
     client_message_decoder,
 )
+from kvbaton.questions import (
+    Answer,
+    Counted,
+    Detokenized,
+    ModelList,
+    Prompt,
+    PromptToken,
+    Scored,
+    Tokenized,
+)
 from kvbaton.session import MAX_SILENT_TICKS, Event, Session
 
 HELLO = Hello(protocol_version=1)
@@ -278,3 +288,23 @@ def test_a_queue_that_is_full_at_the_welcome_refuses_the_request(world: World) -
     world.is_full = True
     world.welcome()
     assert isinstance(world.heard[1][0], OverloadedError)
+
+
+def test_a_request_hears_its_prompt_and_ends_with_an_answer_of_any_kind(welcomed: World) -> None:
+    answers: list[Answer] = [
+        Scored(id=1, num_prompt_tokens=1),
+        Tokenized(id=2, token_ids=[5]),
+        Detokenized(id=3, text="x"),
+        ModelList(id=4, models=[]),
+        Counted(id=5, stats={}),
+    ]
+    prompt = Prompt(id=1, tokens=[PromptToken(index=0, token_id=5)])
+    for answer in answers:
+        welcomed.start(answer.id)
+    welcomed.session.receive(prompt)
+    for answer in answers:
+        welcomed.session.receive(answer)
+        welcomed.session.receive(answer)
+    assert welcomed.heard.pop(1) == [prompt, answers[0]]
+    assert welcomed.heard == {answer.id: [answer] for answer in answers[1:]}
+    assert welcomed.session.num_requests == 0

@@ -124,7 +124,7 @@ def test_every_running_sequence_gets_its_token_whatever_the_budget() -> None:
 
 def test_the_load_counts_prompt_tokens_and_no_others() -> None:
     scheduler = scheduler_of(running(1, 3, 2), sequence_of(9, arrived_at=2), running(3, 3, 2, 1))
-    assert scheduler.num_tokens_queued() == 9
+    assert sum(each.num_uncomputed for each in scheduler.prompts()) == 9
     assert (len(scheduler), scheduler.num_active(0), scheduler.num_active(1)) == (3, 2, 1)
 
 

@@ -135,6 +135,18 @@ def test_the_text_ends_before_the_first_stop_string(pieces: list[str], stop: lis
     assert shown + ("" if matched else stops.flush()) == wanted
 
 
+@given(
+    pieces=st.lists(few_letters, max_size=12),
+    stop=st.lists(few_letters.filter(bool), max_size=4),
+)
+def test_the_stop_string_is_shown_on_request(pieces: list[str], stop: list[str]) -> None:
+    stops = StopStrings(stop, is_shown=True)
+    wanted, matched = cut("".join(pieces), stop)
+    shown = "".join(stops.add(piece) for piece in pieces if stops.matched is None)
+    assert stops.matched == matched
+    assert shown + ("" if matched else stops.flush()) == wanted + (matched or "")
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "held"),
     [("abc", ["cd"], "c"), ("aaa", ["aab"], "aa"), ("abc", ["x"], ""), ("abc", [], "")],

@@ -14,6 +14,7 @@ from services.gateway.generation import (
     Generation,
     TextOutput,
     TextToken,
+    bad_word_tokens,
     check_prompt,
     check_stop,
     tokenize,
@@ -162,6 +163,16 @@ def test_a_prompt_must_fit_the_model(prompt: list[int], words: str) -> None:
 def test_a_prompt_that_leaves_room_for_one_token_fits() -> None:
     check_prompt([0, 99] * 4 + [5], 100, 10)
     check_prompt([5] * 10_000, 100, None)
+
+
+def test_bad_words_are_banned_as_vllm_does() -> None:
+    ids = {"one": [5], " one": [6], "two": [5, 7], " two": [8], "x": [9], " x": [9]}
+    found = bad_word_tokens(["one", "  two", " x"], ids.__getitem__)
+    assert found == [[5], [6], [5, 7], [9]], "a blank counts where it makes another token of one"
+    for words in (["one", ""], ["  "], ["x" * 1025], ["x"] * 129):
+        with pytest.raises(InvalidRequestError) as error:
+            bad_word_tokens(words, lambda _: [5])
+        assert error.value.field == "bad_words"
 
 
 async def test_much_text_is_tokenized_off_the_loop() -> None:

@@ -8,71 +8,44 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvbaton.errors import InvalidRequestError, OverloadedError
+from kvbaton.errors import InvalidRequestError
 from kvbaton.sampling import SamplingParams
-from services.gateway.backend import GenerationRequest
+from services.gateway.backend import Targets
 from services.gateway.generation import check_cache_salt
-from services.gateway.openai import schema
-from services.gateway.openai.choices import Choices, Job
+from services.gateway.openai import params, schema
+from services.gateway.openai.decoding import decode
+from services.gateway.openai.prompts import parse_messages, parse_prompts, truncated
+from services.gateway.openai.structured import parse_structure
+from services.gateway.openai.template_options import template_options
 from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
-from services.gateway.quotas import Charge, Limits, Quota
-from tests.unit.gateway_fakes import (
-    FakeBackend,
-    FakeRng,
-    RefusedError,
-    Script,
-    demo_model,
-    says,
-)
-
-
-class StillClock:
-    def now(self) -> float:
-        return 0.0
 
 
 def completion(**values: Any) -> schema.CompletionRequest:
     body = json.dumps({"prompt": "x", **values}).encode()
-    return schema.decode(body, schema.CompletionRequest)
+    return decode(body, schema.CompletionRequest)
 
 
 def chat(**values: Any) -> schema.ChatRequest:
     body = json.dumps({"messages": [], **values}).encode()
-    return schema.decode(body, schema.ChatRequest)
+    return decode(body, schema.ChatRequest)
 
 
 def prompts(value: object) -> list[str] | list[list[int]]:
-    return schema.parse_prompts(msgspec.Raw(json.dumps(value).encode()))
+    return parse_prompts(msgspec.Raw(json.dumps(value).encode()))
 
 
-def params(**values: Any) -> SamplingParams:
-    return schema.sampling_params(completion(**values), max_tokens=5, logprobs=None)
-
-
-def job(num_prompts: int, n: int, **values: Any) -> Job:
-    return Job(
-        request_id="http-1",
-        prompts=[[5 + index] for index in range(num_prompts)],
-        n=n,
-        sampling=params(**values),
-        stop=(),
-        skip_special_tokens=True,
-        cache_salt="",
-        cache_tenant="acme",
-        charge=Charge(Quota(Limits(), 0), 0),
-        rng=FakeRng(),
-        received_at=0.0,
-    )
-
-
-def choices(job: Job, backend: FakeBackend) -> Choices:
-    return Choices(job, backend, demo_model(), StillClock())
+def sampling(**values: Any) -> SamplingParams:
+    return params.sampling_params(completion(**values), max_tokens=5, logprobs=None)
 
 
 def test_null_means_the_default_everywhere() -> None:
     names = [name for name in schema.CompletionRequest.__struct_fields__ if name != "prompt"]
-    assert completion(**dict.fromkeys(names)) == completion()
-    assert params(**dict.fromkeys(names)) == SamplingParams(max_tokens=5)
+    given, default = completion(**dict.fromkeys(names)), completion()
+    raw = {name for name in names if getattr(default, name) is msgspec.UNSET}
+    for name in set(names) - raw:
+        assert getattr(given, name) == getattr(default, name)
+    assert parse_structure(given) is None
+    assert sampling(**dict.fromkeys(names)) == SamplingParams(max_tokens=5)
 
 
 def test_sampling_fields_reach_the_sampler() -> None:
@@ -80,7 +53,7 @@ def test_sampling_fields_reach_the_sampler() -> None:
              "min_p": 0.1, "seed": 2**64 - 1,
              "presence_penalty": 1.0, "frequency_penalty": -1, "repetition_penalty": 1.5,
              "stop_token_ids": [9], "min_tokens": 2, "ignore_eos": True}  # fmt: skip
-    assert params(**given) == SamplingParams(max_tokens=5, **given)
+    assert sampling(**given) == SamplingParams(max_tokens=5, **given)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +87,7 @@ def test_a_wrong_type_is_refused_by_field(values: dict[str, Any], field: str, wo
 )
 def test_a_value_out_of_range_is_refused(values: dict[str, Any], field: str | None) -> None:
     with pytest.raises(InvalidRequestError) as error:
-        params(**values)
+        sampling(**values)
     assert error.value.field == field
 
 
@@ -137,7 +110,7 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], field: str | No
 )
 def test_what_is_no_request_is_refused_in_words(body: bytes, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
-        schema.decode(body, schema.CompletionRequest)
+        decode(body, schema.CompletionRequest)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +148,21 @@ def test_other_prompts_are_refused(value: object, field: str, words: str) -> Non
 
 
 def test_choices_are_counted_over_all_prompts() -> None:
-    schema.check_num_choices(16, 8)
+    assert params.num_choices(completion(n=8), 16) == (8, 8)
+    assert params.num_choices(completion(n=2, best_of=8), 16) == (2, 8)
     for num_prompts, n in ((1, 129), (43, 3), (1, 0), (1, -1)):
         with pytest.raises(InvalidRequestError) as error:
-            schema.check_num_choices(num_prompts, n)
+            params.num_choices(completion(n=n), num_prompts)
         assert error.value.field == "n"
+
+
+@pytest.mark.parametrize(
+    "values", [{"n": 2, "best_of": 1}, {"best_of": 2, "stream": True}, {"best_of": 129}]
+)
+def test_best_of_is_at_least_n_and_never_streamed(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        params.num_choices(completion(**values), 1)
+    assert error.value.field == "best_of"
 
 
 def test_content_parts_become_one_text() -> None:
@@ -188,7 +171,7 @@ def test_content_parts_become_one_text() -> None:
         {"role": "user", "content": parts, "name": "ann", "unknown": [1]},
         {"role": "assistant", "content": None, "tool_calls": []},
     ])  # fmt: skip
-    assert schema.parse_messages(fields.messages) == [
+    assert parse_messages(fields.messages) == [
         {"role": "user", "content": "one\ntwo", "name": "ann"},
         {"role": "assistant"},
     ]
@@ -202,39 +185,32 @@ def test_content_parts_become_one_text() -> None:
         ([{"role": 5}], "messages[0].role", "expected `str`, got `int`"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]", "text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]", "text"),
-        ([{"role": "x", "tool_calls": [1]}], "messages[0].tool_calls", "not supported yet"),
+        ([{"role": "x", "tool_calls": [1]}], "messages[0].tool_calls[0]", "got `int`"),
     ],
 )
 def test_wrong_messages_are_refused(messages: list[Any], field: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as error:
-        schema.parse_messages(chat(messages=messages).messages)
+        parse_messages(chat(messages=messages).messages)
     assert error.value.field == field
 
 
 def test_chat_logprobs_are_a_number_of_alternatives() -> None:
-    assert schema.chat_logprobs(chat()) is None
-    assert schema.chat_logprobs(chat(logprobs=False, top_logprobs=0)) is None
-    assert schema.chat_logprobs(chat(logprobs=True)) == 0
-    assert schema.chat_logprobs(chat(logprobs=True, top_logprobs=3)) == 3
+    assert params.chat_logprobs(chat()) is None
+    assert params.chat_logprobs(chat(logprobs=False, top_logprobs=0)) is None
+    assert params.chat_logprobs(chat(logprobs=True)) == 0
+    assert params.chat_logprobs(chat(logprobs=True, top_logprobs=3)) == 3
     with pytest.raises(InvalidRequestError, match="needs logprobs"):
-        schema.chat_logprobs(chat(top_logprobs=3))
+        params.chat_logprobs(chat(top_logprobs=3))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"a": [1] * 99}}}),
-        ("logit_bias", {"5": 1}),
-        ("best_of", 2),
-        ("echo", True),
         ("suffix", "x"),
-        ("guided_json", {"type": "object"}),
-        ("prompt_logprobs", 1),
-        ("continue_final_message", True),
-        ("add_generation_prompt", False),
+        ("use_beam_search", True),
+        ("length_penalty", 0.5),
+        ("kv_transfer_params", {"do_remote_decode": True}),
+        ("functions", [{"name": "f"}]),
     ],
 )
 def test_what_would_change_the_answer_is_refused(name: str, value: object) -> None:
@@ -246,68 +222,10 @@ def test_what_would_change_the_answer_is_refused(name: str, value: object) -> No
 def test_default_values_of_unsupported_fields_are_accepted() -> None:
     defaults: dict[str, Any] = dict.fromkeys(CHAT_FIELDS.names)
     CHAT_FIELDS.check(json.dumps(defaults).encode())
-    defaults.update(tools=[], tool_choice="auto", echo=False, best_of=1, logit_bias={})
+    defaults.update(tools=[], tool_choice="auto")
     defaults.update(response_format={"type": "text"}, suffix="", length_penalty=1.0)
     CHAT_FIELDS.check(json.dumps(defaults, indent=4).encode())
     assert COMPLETION_FIELDS.names < CHAT_FIELDS.names
-    assert not CHAT_FIELDS.names & set(schema.ChatRequest.__struct_fields__)
-
-
-async def test_choices_of_a_prompt_share_a_seed_and_have_numbers() -> None:
-    backend = FakeBackend()
-    await choices(job(num_prompts=2, n=3), backend).close()
-    sent = [(request.prompt, request.sampling.seed, request.choice) for request in backend.requests]
-    assert sent == [([5], 1, 0), ([5], 1, 1), ([5], 1, 2), ([6], 2, 0), ([6], 2, 1), ([6], 2, 2)]
-    assert len({request.request_id for request in backend.requests}) == 6
-    assert backend.requests[0].request_id == "http-1"
-    assert {each.request_id.partition("#")[0] for each in backend.requests} == {"http-1"}
-
-
-async def test_a_given_seed_is_every_choices_seed() -> None:
-    backend = FakeBackend()
-    await choices(job(num_prompts=2, n=2, seed=77), backend).close()
-    assert [request.sampling.seed for request in backend.requests] == [77] * 4
-
-
-async def test_all_choices_come_in_order_and_are_counted() -> None:
-    texts = {(5, 0): "one two", (5, 1): "three", (6, 0): "four five six", (6, 1): "seven"}
-
-    def script(request: GenerationRequest) -> Script:
-        return says(texts[request.prompt[0], request.choice], stops=True)
-
-    backend = FakeBackend(script)
-    backend.num_cached_tokens = 1
-    several = choices(job(num_prompts=2, n=2), backend)
-    shown = [""] * len(several)
-    async for index, token in several:
-        shown[index] += token.text
-    assert shown == list(texts.values())
-    usage = several.usage()
-    num_output = sum(len(says(text, stops=True)) for text in texts.values())
-    assert (usage.prompt_tokens, usage.completion_tokens) == (2, num_output)
-    assert usage.total_tokens == 2 + num_output
-    assert usage.prompt_tokens_details.cached_tokens == 2
-    await several.close()
-
-
-async def test_one_refused_choice_frees_those_before_it() -> None:
-    def script(request: GenerationRequest) -> Script:
-        return [RefusedError(OverloadedError("full"))] if request.choice == 2 else []
-
-    backend = FakeBackend(script)
-    with pytest.raises(OverloadedError):
-        choices(job(num_prompts=1, n=3), backend)
-    assert [stream.num_cancels for stream in backend.streams] == [1, 1]
-
-
-async def test_one_failed_choice_fails_all() -> None:
-    def script(request: GenerationRequest) -> Script:
-        return [OverloadedError("preempted")] if request.choice == 1 else says("x y z")
-
-    several = choices(job(num_prompts=1, n=2), FakeBackend(script))
-    with pytest.raises(OverloadedError, match="preempted"):
-        [token async for token in several]
-    await several.close()
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 257])
@@ -317,3 +235,102 @@ def test_a_cache_salt_has_1_to_256_characters(salt: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"1 to 256 characters, got {len(salt)}") as error:
         check_cache_salt(salt)
     assert error.value.field == "cache_salt"
+
+
+def test_prompts_are_cut_from_the_left() -> None:
+    prompt = list(range(1, 11))
+    assert truncated(prompt, None, 5, 8) == prompt
+    assert truncated(prompt, 3, 5, 8) == [8, 9, 10]
+    assert truncated(prompt, 99, 5, 8) == prompt
+    assert truncated(prompt, -1, 5, 8) == [8, 9, 10]
+    assert truncated(prompt, -1, None, 8) == [4, 5, 6, 7, 8, 9, 10]
+    assert truncated(prompt, -1, 100, 8) == [10]
+    for most in (0, -2):
+        with pytest.raises(InvalidRequestError) as error:
+            truncated(prompt, most, 5, 8)
+        assert error.value.field == "truncate_prompt_tokens"
+
+
+def test_prompt_logprobs_may_be_a_number_or_a_switch() -> None:
+    asked = [params.prompt_logprobs(completion(prompt_logprobs=each)) for each in (None, False)]
+    assert asked == [None, None]
+    assert params.prompt_logprobs(completion(prompt_logprobs=True)) == 0
+    assert params.prompt_logprobs(completion(prompt_logprobs=3)) == 3
+
+
+def test_biases_come_by_token_id_as_text() -> None:
+    given = sampling(logit_bias={"5": 1, "70": -2.5}, allowed_token_ids=[5, 70])
+    assert given.logit_bias == {5: 1.0, 70: -2.5}
+    assert given.allowed_token_ids == [5, 70]
+    with pytest.raises(InvalidRequestError, match="logit_bias"):
+        completion(logit_bias={"five": 1})
+
+
+def test_the_newer_name_of_max_tokens_counts_on_both_endpoints() -> None:
+    assert params.most_tokens(completion()) == 16
+    assert params.most_tokens(chat()) is None
+    for fields in (completion(max_tokens=3), chat(max_tokens=3), chat(max_completion_tokens=3)):
+        assert params.most_tokens(fields) == 3
+    assert params.most_tokens(completion(max_tokens=3, max_completion_tokens=4)) == 4
+
+
+def test_targets_are_latencies_above_zero() -> None:
+    assert params.targets(completion()) == Targets()
+    assert params.targets(completion(ttft_target_ms=50, tpot_target_ms=2.5)) == Targets(50, 2.5)
+    for field in ("ttft_target_ms", "tpot_target_ms"):
+        for value in (0, -1, 1e12):
+            with pytest.raises(InvalidRequestError) as error:
+                params.targets(completion(**{field: value}))
+            assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"stream_options": {}}, "stream_options"),
+        ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"stream_interval": 4097}, "stream_interval"),
+    ],
+)
+def test_streams_refuse_what_they_cannot_be(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        params.check_streaming(completion(**values))
+    assert error.value.field == field
+
+
+def test_a_template_gets_what_the_request_says() -> None:
+    assert template_options(chat()) == {"add_generation_prompt": True}
+    assert template_options(chat(add_generation_prompt=False)) == {"add_generation_prompt": False}
+    assert template_options(chat(continue_final_message=True)) == {"add_generation_prompt": False}
+    given = template_options(
+        chat(
+            chat_template_kwargs={"enable_thinking": False},
+            documents=[{"title": "a"}],
+            reasoning_effort="low",
+        )
+    )
+    assert given == {
+        "add_generation_prompt": True,
+        "documents": [{"title": "a"}],
+        "enable_thinking": False,
+        "reasoning_effort": "low",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs.bos_token"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": "y" * 65536}}, "chat_template_kwargs"),
+        ({"documents": [1]}, "documents[0]"),
+        ({"documents": [{"x": "y" * 2**20}]}, "documents"),
+    ],
+)
+def test_a_template_is_refused_the_rest(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        template_options(chat(**values))
+    assert error.value.field == field

@@ -9,9 +9,12 @@ import pytest
 
 from kvbaton.errors import InvalidRequestError
 from kvbaton.protocol import Accepted, Done, Generate, Resume, Timings, Token, Tokens
+from kvbaton.questions import Prompt
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, TokenEvent
+from services.gateway.client_plan import Means
 from services.gateway.client_request import answer
+from services.gateway.openai.grammars import Grammars
 from tests.net.gateways import FakeClock
 from tests.unit.gateway_fakes import EOS, FakeBackend, FakeRng, demo_model, says
 
@@ -20,7 +23,7 @@ SEED = 7
 TEXT = "one 🦊 two 🎉 three four\ufffd five 🦊"
 TOKENS = [event.token_id for event in says(TEXT)]
 
-Answers = list[Accepted | Tokens | Done]
+Answers = list[Accepted | Prompt | Tokens | Done]
 
 
 def backend_saying(text: str = TEXT, *, stops: bool = False) -> FakeBackend:
@@ -33,7 +36,8 @@ def backend_saying(text: str = TEXT, *, stops: bool = False) -> FakeBackend:
 
 
 async def answers(backend: FakeBackend, message: Generate) -> Answers:
-    parts = answer(message, backend, demo_model(), clock=FakeClock(), rng=FakeRng(), tenant="")
+    means = Means(backend, demo_model(), Grammars(), FakeClock(), FakeRng())
+    parts = answer(message, means, tenant="")
     async with aclosing(parts):
         return [part async for part in parts]
 

@@ -42,6 +42,38 @@ async def test_chat_gives_the_tokens_of_transformers() -> None:
     assert await demo_model().chat(CHAT) == wanted["input_ids"]
 
 
+@pytest.mark.parametrize("text", ["2", " 2 is", "2 ", "Größer? 🦊", "<|user|>What", "2\n\n"])
+async def test_an_answer_goes_on_where_transformers_says(text: str) -> None:
+    begun = [*CHAT, {"role": "assistant", "content": text}]
+    reference = AutoTokenizer.from_pretrained(DEMO)
+    wanted: Any = reference.apply_chat_template(begun, tokenize=False, continue_final_message=True)
+    options = {"continues": True, "add_generation_prompt": False}
+    token_ids = await demo_model().chat(begun, **options)
+    assert token_ids == demo_model().encode(wanted, add_special_tokens=False)
+
+
+async def test_an_answer_goes_on_though_the_template_strips_it(tmp_path: Path) -> None:
+    template = "{% for each in messages %}[{{ each.content | trim }}]{% endfor %}"
+    model = TextModel(folder_with(tmp_path, template))
+    try:
+        for text in ("yes", " yes", "yes ", "\nyes\n"):
+            begun = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": text}]
+            token_ids = await model.chat(begun, continues=True, add_generation_prompt=False)
+            assert model.decode(token_ids) == "[yes][yes"
+    finally:
+        model.close()
+
+
+def test_the_end_of_a_long_text_may_be_enough() -> None:
+    text = "one two three " * 50_000
+    whole = demo_model().encode(text)
+    ids = demo_model().encode(text, most_tokens=100, is_end_enough=True)
+    assert ids[-100:] == whole[-100:]
+    assert len(ids) < len(whole) / 10
+    with pytest.raises(InvalidRequestError, match="does not fit"):
+        demo_model().encode(text, most_tokens=100)
+
+
 def test_encode_adds_special_tokens_unless_told_not_to() -> None:
     model = demo_model()
     plain = model.encode("hello", add_special_tokens=False)

@@ -59,6 +59,13 @@ def test_workers_compute_on_threads_that_do_not_spin() -> None:
     assert settings_of("prefill.1", KVBATON_THREADS="4")["OMP_NUM_THREADS"] == "4"
 
 
+def test_each_process_shows_its_metrics_at_a_port_of_its_own_where_that_is_asked_for() -> None:
+    assert "KVBATON_METRICS_PORT" not in settings_of("decode.2")
+    assert settings_of("decode.2", KVBATON_METRICS_BASE="9100")["KVBATON_METRICS_PORT"] == "9241"
+    said = {"KVBATON_METRICS_BASE": "9100", "KVBATON_METRICS_PORT": "7"}
+    assert "KVBATON_METRICS_PORT" not in settings_of("gateway.1", **said)
+
+
 def test_what_the_user_sets_wins() -> None:
     said = {"KVBATON_STORES": "tcp://10.0.0.1:5570", "OMP_WAIT_POLICY": "active"}
     settings = settings_of("decode.1", **said)

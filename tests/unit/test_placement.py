@@ -1,4 +1,4 @@
-"""Placement by value: the least wait, free places, and turns among equals."""
+"""Placement by value: what each pair is expected to take, and which is chosen."""
 
 from __future__ import annotations
 
@@ -6,114 +6,232 @@ from typing import Any
 
 import pytest
 
-from services.gateway.placement import (
-    Candidate,
-    choose_colocated,
-    choose_decode,
-    choose_prefill,
-)
+from common.step_times import StepTimes
+from services.gateway.candidates import Candidate, Wanted
+from services.gateway.decision import MAX_ALTERNATIVES, Decision
+from services.gateway.estimates import Backlog
+from services.gateway.placement import Choice, choose
+
+PROMPTS = StepTimes(base_ms=10, token_ms=1, max_tokens=100)  # 100 tokens: 110 ms
+TOKENS = StepTimes(base_ms=20, token_ms=1)
+BYTES = 1000  # of a token's KV
 
 
-def worker(name: str, **fields: Any) -> Candidate:
+def worker(name: str, queued: int = 0, **fields: Any) -> Candidate:
+    """A worker that has been given a prompt of `queued` tokens just now."""
+    backlog = Backlog()
+    if queued:
+        backlog.add("before", queued, 0, 0.0)
     defaults: dict[str, Any] = {
         "num_sequences": 0,
-        "num_tokens_queued": 0,
-        "tokens_per_s": 100.0,
         "max_num_seqs": 8,
-        "num_placed": 0,
+        "backlog": backlog,
+        "prompt_steps": PROMPTS,
+        "token_steps": TOKENS,
     }
     return Candidate(name, **defaults | fields)
 
 
+def chosen(
+    wanted: Wanted,
+    prefills: list[Candidate],
+    decodes: list[Candidate] | None = None,
+    max_local_tokens: int | None = 0,
+) -> Choice[Candidate]:
+    return choose(
+        wanted, prefills, decodes or [worker("d")], 0.0, max_local_tokens=max_local_tokens
+    )
+
+
+def names(choice: Choice[Candidate]) -> tuple[str, str]:
+    return choice.prefill.name, choice.decode.name
+
+
+FAST = StepTimes(base_ms=5, token_ms=0.5, max_tokens=100)
+
+
 @pytest.mark.parametrize(
-    ("queued", "rates", "num_tokens", "chosen"),
+    ("queued", "steps", "num_tokens", "best"),
     [
-        ((500, 0), (100.0, 100.0), 10, "b"),  # the shorter queue
-        ((0, 0), (100.0, 200.0), 10, "b"),  # the faster of two idle ones
-        ((300, 100), (400.0, 100.0), 100, "a"),  # faster is worth a longer queue
-        ((300, 100), (400.0, 100.0), 1, "a"),
-        ((500, 100), (400.0, 100.0), 1, "b"),  # but for a short prompt not any queue
-        ((500, 100), (400.0, 100.0), 100, "a"),
+        ((80, 0), (PROMPTS, PROMPTS), 100, "b"),  # the shorter queue
+        ((0, 0), (PROMPTS, FAST), 100, "b"),  # the faster of two idle ones
+        ((80, 0), (FAST, PROMPTS), 300, "a"),  # faster is worth a queue
+        ((80, 0), (FAST, PROMPTS), 50, "b"),  # but for a short prompt not any queue
     ],
 )
 def test_a_prompt_goes_to_the_prefill_worker_that_is_done_first(
-    queued: tuple[int, int], rates: tuple[float, float], num_tokens: int, chosen: str
+    queued: tuple[int, int], steps: tuple[StepTimes, StepTimes], num_tokens: int, best: str
 ) -> None:
     workers = [
-        worker(name, num_tokens_queued=count, tokens_per_s=rate)
-        for name, count, rate in zip("ab", queued, rates, strict=True)
+        worker(name, count, prompt_steps=times)
+        for name, count, times in zip("ab", queued, steps, strict=True)
     ]
-    assert choose_prefill(workers, num_tokens).name == chosen
+    assert chosen(Wanted(num_tokens), workers).prefill.name == best
 
 
-def test_a_worker_of_unknown_rate_is_taken_for_an_average_one() -> None:
-    known = [worker("slow", tokens_per_s=100.0), worker("fast", tokens_per_s=300.0)]
-    new = worker("new", tokens_per_s=0.0)
-    assert choose_prefill([*known, new], 600).name == "fast"
-    known[1].num_tokens_queued = 601  # 4 s; the new one is thought to take 3
-    assert choose_prefill([*known, new], 600).name == "new"
+def test_the_first_token_is_queue_and_transfer_and_computing_the_rest() -> None:
+    prefill = worker("p", 50, moves=True, bytes_per_s=1e6, num_held=20)
+    wanted = Wanted(200, num_cached=120, token_bytes=BYTES, waited_s=0.5)
+    option = chosen(wanted, [prefill]).decision.chosen
+    assert option.queue_ms == pytest.approx(60)
+    assert option.transfer_ms == pytest.approx(100)  # of 120 cached tokens 20 are there
+    assert option.compute_ms == pytest.approx(90)
+    assert option.ttft_ms == pytest.approx(750)
+    assert option.tpot_ms == pytest.approx(21)
+    assert option.num_cached_tokens == 120
 
 
-def test_without_any_rate_the_queue_alone_decides() -> None:
-    workers = [
-        worker("a", tokens_per_s=0.0, num_tokens_queued=5),
-        worker("b", tokens_per_s=0.0, num_tokens_queued=4),
+def test_a_worker_that_holds_the_prefix_is_preferred_until_its_queue_costs_more() -> None:
+    wanted = Wanted(200, num_cached=160, token_bytes=BYTES)
+
+    def best(num_queued: int) -> str:
+        holder = worker("holder", moves=True, bytes_per_s=1e6, num_held=160)
+        for number in range(num_queued):
+            holder.backlog.add(number, 40, 0, 0.0)
+        other = worker("other", moves=True, bytes_per_s=1e6)
+        return chosen(wanted, [holder, other]).prefill.name
+
+    assert best(0) == "holder"
+    assert best(2) == "holder"  # 100 ms of queue against 160 of transfer
+    assert best(4) == "other"
+
+
+def test_a_hot_prefix_spreads_as_its_requests_pile_up() -> None:
+    holder = worker("holder", moves=True, bytes_per_s=1e6, num_held=100)
+    others = [worker(name, moves=True, bytes_per_s=1e6) for name in ("x", "y")]
+    counts = dict.fromkeys(("holder", "x", "y"), 0)
+    for number in range(30):
+        choice = chosen(Wanted(150, num_cached=100, token_bytes=BYTES), [holder, *others])
+        counts[choice.prefill.name] += 1
+        choice.prefill.backlog.add(number, 50, 100, 0.0)
+    assert counts["holder"] >= 10
+    assert min(counts.values()) >= 8
+
+
+def test_of_two_where_it_would_wait_alike_the_one_where_it_delays_fewer_is_taken() -> None:
+    # Both long prompts would let it pass after their running steps, as long in both.
+    crowded, quiet = worker("crowded", 5000), worker("quiet", 5000)
+    crowded.backlog.add("another", 5000, 0, 0.0)
+    decision = chosen(Wanted(100), [crowded, quiet]).decision
+    assert decision.chosen.prefill == "quiet"
+    assert decision.chosen.ttft_ms == pytest.approx(decision.alternatives[0].ttft_ms)
+
+
+def test_decode_goes_where_the_next_token_takes_least() -> None:
+    slow = StepTimes(base_ms=20, token_ms=1, context_ms=0.1)
+    decodes = [
+        worker("long", num_sequences=1, num_context_tokens=2000, token_steps=slow),
+        worker("short", num_sequences=3, num_context_tokens=300, token_steps=slow),
+        worker("full", num_sequences=8, token_steps=slow),
     ]
-    assert choose_prefill(workers, 10).name == "b"
-    assert choose_colocated(workers, 10).name == "b"
+    choice = chosen(Wanted(100), [worker("p")], decodes)
+    assert choice.decode.name == "short"
+    assert choice.decision.chosen.tpot_ms == pytest.approx(20 + 4 + 40)
 
 
-@pytest.mark.parametrize(
-    "choose",
-    [
-        lambda workers: choose_prefill(workers, 10),
-        choose_decode,
-        lambda workers: choose_colocated(workers, 10),
-    ],
-)
-def test_equals_take_turns(choose) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_decode_worker_is_taken_only_if_all_are() -> None:
+    full, busy = worker("full", num_sequences=8), worker("busy", num_sequences=7)
+    assert chosen(Wanted(10), [worker("p")], [full, busy]).decode.name == "busy"
+    only = chosen(Wanted(10), [worker("p")], [full])
+    assert only.decision.reason == "every decode worker is full"
+
+
+def test_of_pairs_that_meet_the_targets_the_one_with_least_work_is_taken() -> None:
+    holder = worker("holder", 100, moves=True, bytes_per_s=1e6, num_held=300)
+    idle = worker("idle", moves=True, bytes_per_s=1e7)
+    plain = Wanted(400, num_cached=300, token_bytes=BYTES)
+    quick = worker("quick", moves=True, bytes_per_s=1e8)
+    pair = [holder, quick]
+    assert chosen(plain, pair).prefill.name == "quick"  # soonest
+    patient = Wanted(400, num_cached=300, token_bytes=BYTES, ttft_target_s=1.0)
+    relaxed = chosen(patient, [holder, idle])
+    assert relaxed.prefill.name == "holder"  # waits, but moves nothing
+    assert "meets the targets" in relaxed.decision.reason
+    hasty = Wanted(400, num_cached=300, token_bytes=BYTES, ttft_target_s=0.01)
+    late = chosen(hasty, pair)
+    assert late.prefill.name == "quick"
+    assert not late.decision.chosen.meets_targets
+    assert "none meets the targets" in late.decision.reason
+
+
+def test_a_worker_of_unknown_speed_is_taken_for_an_average_one() -> None:
+    known = [worker("slow"), worker("fast", prompt_steps=FAST)]
+    new = worker("new", prompt_steps=None)
+    decision = chosen(Wanted(100), [*known, new]).decision
+    computes = {each.prefill: each.compute_ms for each in (decision.chosen, *decision.alternatives)}
+    assert computes["slow"] > computes["new"] > computes["fast"]
+
+
+def test_equals_take_turns() -> None:
     workers = [worker(name) for name in "abc"]
     turns = ""
     for _ in range(7):
-        chosen = choose(workers)
-        chosen.num_placed += 1
-        turns += chosen.name
+        prefill = chosen(Wanted(10), workers).prefill
+        prefill.num_placed += 1
+        turns += prefill.name
     assert turns == "abcabca"
 
 
-def test_decode_goes_where_the_largest_share_of_places_is_free() -> None:
-    workers = [
-        worker("a", num_sequences=3, max_num_seqs=4),
-        worker("b", num_sequences=8, max_num_seqs=16),
-        worker("c", num_sequences=2, max_num_seqs=3),
-    ]
-    assert choose_decode(workers).name == "b"
+def test_a_session_likes_its_workers_but_not_at_any_price() -> None:
+    wanted = Wanted(100, session=("b", "d"))
+    again = chosen(wanted, [worker("a"), worker("b")])
+    assert again.prefill.name == "b"
+    assert "session" in again.decision.reason
+    assert chosen(wanted, [worker("a"), worker("b", 90)]).prefill.name == "a"
 
 
-def test_a_full_decode_worker_is_avoided() -> None:
-    workers = [
-        worker("full", num_sequences=2, max_num_seqs=2),
-        worker("long", num_sequences=70, max_num_seqs=64),  # some wait
-        worker("busy", num_sequences=7),
-    ]
-    assert choose_decode(workers).name == "busy"
+# ---- a decode worker computes the prompt itself -------------------------------------------------
 
 
-def test_if_all_are_full_the_least_crowded_is_taken() -> None:
-    workers = [worker("a", num_sequences=16), worker("b", num_sequences=9)]
-    assert choose_decode(workers).name == "b"
+def test_a_short_rest_is_computed_by_decode_when_that_is_sooner() -> None:
+    busy, idle = worker("p", 100), worker("d")
+    local = chosen(Wanted(120, num_cached=100), [busy], [idle], max_local_tokens=32)
+    assert names(local) == ("d", "d")
+    assert local.decision.is_prefilled_by_decode
+    assert "computes the 20 uncached tokens itself" in local.decision.reason
+    too_long = chosen(Wanted(140, num_cached=100), [busy], [idle], max_local_tokens=32)
+    assert names(too_long) == ("p", "d")
+    assert names(chosen(Wanted(120, num_cached=100), [busy], [idle])) == ("p", "d")
 
 
-def test_colocated_work_avoids_full_workers_even_with_empty_queues() -> None:
-    workers = [
-        worker("full", num_sequences=8),
-        worker("open", num_sequences=7, num_tokens_queued=5000),
-    ]
-    assert choose_colocated(workers, 10).name == "open"
+def test_not_where_it_would_break_the_pace_of_those_that_run_there() -> None:
+    busy = worker("p", 100)
+    strict = worker("d", num_sequences=2, tpot_limit_s=0.04)  # the step would take 23 + 30 ms
+    lax = worker("d", num_sequences=2, tpot_limit_s=0.06)
+    wanted = Wanted(120, num_cached=100)
+    assert names(chosen(wanted, [busy], [strict], max_local_tokens=32)) == ("p", "d")
+    assert names(chosen(wanted, [busy], [lax], max_local_tokens=32)) == ("d", "d")
 
 
-def test_colocated_work_of_equal_wait_goes_where_most_places_are_free() -> None:
-    workers = [worker("a", num_sequences=5), worker("b", num_sequences=2)]
-    assert choose_colocated(workers, 10).name == "b"
-    workers[1].num_tokens_queued = 50
-    assert choose_colocated(workers, 10).name == "a"
+def test_without_targets_not_where_others_lose_more_than_it_gains() -> None:
+    wanted, busy = Wanted(120, num_cached=100), worker("p", 90)  # 100 + 30 ms
+    few, many = worker("d", num_sequences=1), worker("d", num_sequences=7)
+    assert names(chosen(wanted, [busy], [few], max_local_tokens=32)) == ("d", "d")
+    assert names(chosen(wanted, [busy], [many], max_local_tokens=32)) == ("p", "d")
+
+
+def test_colocated_work_goes_where_its_first_token_comes_soonest() -> None:
+    decodes = [worker("a", 100), worker("b", 20), worker("full", num_sequences=8)]
+    choice = chosen(Wanted(50), [], decodes, max_local_tokens=None)
+    assert names(choice) == ("b", "b")
+
+
+# ---- what is remembered -------------------------------------------------------------------------
+
+
+def test_a_decision_remembers_the_best_alternatives_in_order() -> None:
+    prefills = [worker(f"p{number}", 50 * number) for number in range(6)]
+    decision: Decision = chosen(Wanted(10), prefills, [worker("d1"), worker("d2")]).decision
+    assert decision.num_considered == 12
+    assert len(decision.alternatives) == MAX_ALTERNATIVES
+    ttft = [option.ttft_ms for option in (decision.chosen, *decision.alternatives)]
+    assert ttft == sorted(ttft)
+    assert decision.reason == "it is expected to serve the request soonest"
+
+
+def test_of_many_workers_only_the_best_are_paired() -> None:
+    prefills = [worker(f"p{number}", 10 + number) for number in range(100)]
+    decodes = [worker(f"d{number}", num_sequences=number % 7) for number in range(100)]
+    decision = chosen(Wanted(10), prefills, decodes).decision
+    assert decision.num_considered <= 64
+    assert decision.chosen.prefill == "p0"

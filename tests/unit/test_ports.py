@@ -11,6 +11,7 @@ from scripts.cluster.ports import (
     ClusterError,
     client_port,
     cluster_ports,
+    metrics_port,
     store_ports,
 )
 
@@ -75,3 +76,17 @@ def test_more_processes_than_a_host_has_places_for_are_refused() -> None:
         client_port(8000, 16)
     with pytest.raises(ClusterError, match=r"kvstore.1 to kvstore.12, got number 13"):
         store_ports(8000, 13)
+
+
+def test_ports_with_metrics_are_given_once_above_their_base() -> None:
+    counts = {"gateway": 20, "kvstore": 20, "prefill": 100, "decode": 100}
+    ports = [
+        metrics_port(9100, role, number)
+        for role, count in counts.items()
+        for number in range(1, count + 1)
+    ]
+    assert ports == list(range(9100, 9340))
+    with pytest.raises(ClusterError, match=r"to prefill\.1 to prefill\.100, got number 101"):
+        metrics_port(9100, "prefill", 101)
+    with pytest.raises(ClusterError, match="KVBATON_METRICS_BASE must be from 1 to 65295, got 0"):
+        metrics_port(0, "prefill", 1)

@@ -13,7 +13,7 @@ from tests.unit.sequences import sequence_of
 def scheduler_of(budget: int, *sequences: Sequence, max_num_seqs: int = 8) -> PrefillScheduler:
     scheduler = PrefillScheduler(budget, max_num_seqs)
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.add(sequence, 0.0)
     return scheduler
 
 
@@ -71,3 +71,13 @@ def test_every_prompt_is_computed_once_in_order_and_under_the_budget(
                 done.append(sequence)
     assert done == sequences
     assert all(sequence.num_uncomputed == 0 for sequence in sequences)
+
+
+def test_what_is_due_first_is_computed_first_also_between_two_chunks() -> None:
+    long, short = sequence_of(10), sequence_of(3)
+    scheduler = PrefillScheduler(4, 8)
+    scheduler.add(long, 20.0)
+    assert scheduler.plan() == [(long, 4)]
+    long.num_computed = 4
+    scheduler.add(short, 7.0)
+    assert scheduler.plan() == [(short, 3), (long, 1)]

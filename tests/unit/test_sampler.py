@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.engine.masks import Float32Array
 from common.engine.sampler import (
-    Float32Array,
     NumericalError,
     _adjust,
     _draw,
@@ -47,6 +47,7 @@ def draw(
         choice=choice,
     )
     (result,) = sample(logits[None], [work], EOS)
+    assert result is not None
     return result
 
 
@@ -104,7 +105,9 @@ def test_penalties_follow_their_definitions() -> None:
         greedy = SamplingParams(temperature=0)
         work = Work([2, 1, 2, 2, 4], 2, 4, 1, [0], msgspec.structs.replace(greedy, **params))
         adjusted = _adjust(logits.copy(), work, EOS)
-        return int(sample(logits[None], [work], EOS)[0].token_id), adjusted
+        (drawn,) = sample(logits[None], [work], EOS)
+        assert drawn is not None
+        return drawn.token_id, adjusted
 
     # repetition: prompt [2, 1] and output [2, 2, 4]; above zero divided, below multiplied
     token, adjusted = best(repetition_penalty=2.0)

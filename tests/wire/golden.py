@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvbaton.admin import HandoffAudit, HistoryEvent, MemberAudit, StoreAudit, StoreHistory
+from kvbaton.conversation import ChatMessage, FunctionCall, ToolCall
 from kvbaton.protocol import (
     Accepted,
     Audit,
     Audited,
     Cancel,
-    ChatMessage,
     ClientMessage,
     Done,
     Error,
+    FinishedChoice,
     GatewayMessage,
     Generate,
     Hello,
     Ping,
     Pong,
     Resume,
+    Resumed,
     Timings,
     Token,
     Tokens,
@@ -28,7 +30,23 @@ from kvbaton.protocol import (
     Welcome,
     Why,
 )
+from kvbaton.questions import (
+    Counted,
+    Detokenize,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    Models,
+    Prompt,
+    PromptToken,
+    Score,
+    Scored,
+    Stats,
+    Tokenize,
+    Tokenized,
+)
 from kvbaton.sampling import SamplingParams
+from tests.wire.golden_explanation import EXPLANATION
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -81,6 +99,84 @@ CLIENT_MESSAGES: dict[str, ClientMessage] = {
             finish_reason="stop",
         ),
     ),
+    "generate_n": Generate(
+        id=4,
+        text="x = ",
+        sampling=SamplingParams(
+            prompt_logprobs=1,
+            logit_bias={88: -100.0, 7: 1.5},
+            allowed_token_ids=[7, 88],
+            bad_words=[[5, 6]],
+        ),
+        n=2,
+        best_of=3,
+        echo=True,
+        bad_words=["eval"],
+        include_stop_str_in_output=True,
+        truncate_prompt_tokens=-1,
+        add_special_tokens=False,
+        skip_special_tokens=False,
+        response_format={"type": "json_object"},
+        priority=-1,
+        user="someone",
+        session_id="session-1",
+        ttft_target_ms=200.0,
+        tpot_target_ms=20.5,
+        explain=True,
+    ),
+    "generate_tools": Generate(
+        id=5,
+        messages=[
+            ChatMessage(role="user", content="How warm is it?", name="ann"),
+            ChatMessage(
+                role="assistant",
+                tool_calls=[
+                    ToolCall(id="call_1", function=FunctionCall(name="measure", arguments="{}"))
+                ],
+            ),
+            ChatMessage(role="tool", content="21", tool_call_id="call_1"),
+        ],
+        add_generation_prompt=False,
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": False},
+        structured_outputs={"choice": ["warm", "cold"]},
+        tools=[{"type": "function", "function": {"name": "measure"}}],
+        tool_choice={"type": "function", "function": {"name": "measure"}},
+    ),
+    "generate_resume_n": Generate(
+        id=1,
+        text="def f(",
+        n=2,
+        resume=Resume(
+            request_id="0123456789abcdef0123456789abcdef",
+            seed=7,
+            choices=[Resumed(tokens=[88, 1], finish_reason="stop"), Resumed()],
+        ),
+    ),
+    "score": Score(id=6, texts=["x = 1", "x = y"], top_logprobs=1),
+    "score_token_ids": Score(
+        id=6,
+        token_ids=[[1, 2], [3]],
+        model="demo",
+        add_special_tokens=False,
+        deadline_ms=1000,
+        cache_salt="salt",
+        priority=2,
+    ),
+    "tokenize": Tokenize(id=7, text="x = 1", return_token_strs=True),
+    "tokenize_messages": Tokenize(
+        id=7,
+        messages=[ChatMessage(role="user", content="hello")],
+        model="demo",
+        add_special_tokens=True,
+        add_generation_prompt=False,
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": False},
+        tools=[{"type": "function", "function": {"name": "measure"}}],
+    ),
+    "detokenize": Detokenize(id=8, token_ids=[92, 4], model="demo", skip_special_tokens=True),
+    "models": Models(id=9),
+    "stats": Stats(id=10),
     "cancel": Cancel(id=1),
     "ping": Ping(),
     "audit": Audit(id=2, admin_key="a key of 16 chars"),
@@ -110,6 +206,48 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
             )
         ],
     ),
+    "tokens_choice": Tokens(id=4, tokens=[Token(index=0, token_id=88, text="x", choice=1)]),
+    "prompt": Prompt(
+        id=6,
+        tokens=[
+            PromptToken(index=0, token_id=0),
+            PromptToken(index=1, token_id=92, text="x", logprob=-2.5, top_logprobs=[(310, -0.5)]),
+        ],
+        choice=1,
+    ),
+    "done_choices": Done(
+        id=4,
+        finish_reason="tool_calls",
+        usage=Usage(num_prompt_tokens=3, num_output_tokens=12, num_cached_tokens=0),
+        timings=Timings(),
+        choices=[
+            FinishedChoice(
+                finish_reason="tool_calls",
+                num_output_tokens=10,
+                content="",
+                tool_calls=[
+                    ToolCall(id="call_1", function=FunctionCall(name="measure", arguments="{}"))
+                ],
+            ),
+            FinishedChoice(finish_reason="length", num_output_tokens=2, content="It is"),
+        ],
+    ),
+    "done_explained": Done(
+        id=1,
+        finish_reason="stop",
+        usage=Usage(num_prompt_tokens=3, num_output_tokens=2, num_cached_tokens=0),
+        timings=Timings(),
+        explanation=EXPLANATION,
+    ),
+    "scored": Scored(id=6, num_prompt_tokens=8, num_cached_tokens=4),
+    "tokenized": Tokenized(
+        id=7, token_ids=[0, 92, 338], token_strs=["<s>", "x", "="], max_model_len=2048
+    ),
+    "detokenized": Detokenized(id=8, text="x ="),
+    "model_list": ModelList(
+        id=9, models=[ModelCard(id="demo", vocab_size=2048, max_model_len=2048)]
+    ),
+    "counted": Counted(id=10, stats={"requests_running": 2.0, "decode_workers": 1.0}),
     "done": Done(
         id=1,
         finish_reason="stop",

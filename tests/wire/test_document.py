@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvbaton import admin, codec, errors, protocol, sampling
+from kvbaton import admin, codec, conversation, errors, protocol, questions, sampling
 from tests.wire.golden import golden_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +18,25 @@ DOCUMENT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 RECORDS: dict[str, type[msgspec.Struct]] = {
     "### `hello`": protocol.Hello,
     "### `generate`": protocol.Generate,
-    "A message of `messages`:": protocol.ChatMessage,
+    "A message of `messages`:": conversation.ChatMessage,
     "`sampling`:": sampling.SamplingParams,
+    "A tool call:": conversation.ToolCall,
+    "A function call:": conversation.FunctionCall,
+    "A resumed choice:": protocol.Resumed,
+    "### `score`": questions.Score,
+    "### `tokenize`": questions.Tokenize,
+    "### `detokenize`": questions.Detokenize,
+    "### `models`": questions.Models,
+    "### `stats`": questions.Stats,
+    "### `prompt`": questions.Prompt,
+    "A prompt token:": questions.PromptToken,
+    "A finished choice:": protocol.FinishedChoice,
+    "### `scored`": questions.Scored,
+    "### `tokenized`": questions.Tokenized,
+    "### `detokenized`": questions.Detokenized,
+    "### `model_list`": questions.ModelList,
+    "A model:": questions.ModelCard,
+    "### `counted`": questions.Counted,
     "### `cancel`": protocol.Cancel,
     "`resume`, ": protocol.Resume,
     "### `welcome`": protocol.Welcome,
@@ -101,7 +118,9 @@ def test_the_example_shows_every_kind_of_message() -> None:
     shown = {name.partition("_")[0] for name, _ in EXAMPLES}
     assert shown == {
         *("hello", "generate", "cancel", "ping", "audit", "why"),
-        *("welcome", "accepted", "tokens", "done", "error", "pong", "audited", "told"),
+        *("score", "tokenize", "detokenize", "models", "stats"),
+        *("welcome", "accepted", "prompt", "tokens", "done", "error", "pong", "audited", "told"),
+        *("scored", "tokenized", "detokenized", "model", "counted"),
     }
 
 
@@ -117,6 +136,14 @@ def test_the_limits_in_the_text_are_the_limits_in_the_code() -> None:
         f"every {protocol.PING_INTERVAL_S:g} seconds",
         f"for {protocol.CLIENT_TIMEOUT_S:g} seconds",
         f"at most {sampling.MAX_STOP_TOKEN_IDS}; each ends",
+        f"draws alone; at most {protocol.MAX_CHOICES} ",
+        f"its logit; at most {sampling.MAX_BIASED_TOKENS} ",
+        f"-{sampling.MAX_BIAS:g} to {sampling.MAX_BIAS:g}, added",
+        f"at most {sampling.MAX_ALLOWED_TOKENS}; none: all",
+        f"at most {sampling.MAX_BAD_WORDS}, each of 1 to {sampling.MAX_BAD_WORD_TOKENS} tokens",
+        f"at most {sampling.MAX_BAD_WORDS // 2}, each of 1 to {protocol.MAX_STOP_STRING_CHARS}",
+        f"with 1 to {questions.MAX_SCORED} entries",
+        f"at most {questions.MAX_DETOKENIZED}, each from 0",
         f"at most {admin.MAX_ROWS} elements",
         f"the last {admin.MAX_EVENTS} at most",
         f"of the first {admin.MAX_EVENT_BLOCKS};",

@@ -6,6 +6,7 @@ import msgpack
 import pytest
 
 from kvbaton.codec import encode
+from kvbaton.errors import ProtocolError
 from kvbaton.protocol import (
     Done,
     Error,
@@ -15,6 +16,7 @@ from kvbaton.protocol import (
     client_message_decoder,
     gateway_message_decoder,
 )
+from kvbaton.sampling import SamplingParams
 from tests.wire.golden import CLIENT_MESSAGES, FOLDER, GATEWAY_MESSAGES, golden_bytes
 
 
@@ -36,10 +38,14 @@ def test_every_golden_file_is_held_by_a_message() -> None:
 
 def test_every_kind_of_message_has_golden_bytes() -> None:
     tags = [type(message).__struct_config__.tag for message in CLIENT_MESSAGES.values()]
-    assert set(tags) == {"hello", "generate", "cancel", "ping", "audit", "why"}
+    assert set(tags) == {
+        *("hello", "generate", "cancel", "ping", "audit", "why"),
+        *("score", "tokenize", "detokenize", "models", "stats"),
+    }
     tags = [type(message).__struct_config__.tag for message in GATEWAY_MESSAGES.values()]
     assert set(tags) == {
-        *("welcome", "accepted", "tokens", "done", "error", "pong", "audited", "told")
+        *("welcome", "accepted", "prompt", "tokens", "done", "error", "pong", "audited", "told"),
+        *("scored", "tokenized", "detokenized", "model_list", "counted"),
     }
 
 
@@ -85,3 +91,12 @@ def test_a_gateway_message_is_no_client_message() -> None:
     assert isinstance(done, Done)
     with pytest.raises(Exception, match="Invalid value 'done'"):
         client_message_decoder().decode(encode(done))
+
+
+def test_numbers_as_keys_are_written_as_strings() -> None:
+    message = Generate(id=1, text="x", sampling=SamplingParams(logit_bias={5: 1.0}))
+    assert msgpack.unpackb(encode(message))["sampling"] == {"logit_bias": {"5": 1.0}}
+    assert client_message_decoder().decode(encode(message)) == message
+    fields = {"type": "generate", "id": 1, "text": "x", "sampling": {"logit_bias": {"x": 1}}}
+    with pytest.raises(ProtocolError, match="Expected `int`"):
+        client_message_decoder().decode(msgpack.packb(fields))

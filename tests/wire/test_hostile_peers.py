@@ -89,7 +89,7 @@ WRONG_FIELDS: list[dict[str, Any]] = [
     {"token_ids": "abc"},
     {"token_ids": [1.5]},
     {"token_ids": [None]},
-    {"messages": [{"role": "user"}]},
+    {"messages": [{"content": "x"}]},
     {"messages": {"role": "user", "content": "x"}},
     {"text": "x", "sampling": {"temperature": "hot"}},
     {"text": "x", "sampling": [1]},

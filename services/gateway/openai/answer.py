@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
-from kvbaton.errors import KvbatonError, UnavailableError
+from kvbaton.errors import KvbatonError
+from services.gateway.backend import Timeline
+from services.gateway.explain import server_timing
 from services.gateway.generation import TextToken
-from services.gateway.openai.choices import Choices, Usage
+from services.gateway.openai.choices import Choices, Usage, best
 from services.gateway.openai.errors import kvbaton_error_body
+from services.gateway.openai.running import Running, Ticket
 from services.gateway.openai.schema import StreamOptions
+from services.gateway.openai.sending import (
+    TOKENS_BETWEEN_TURNS,
+    Sender,
+    send_body,
+    send_object,
+)
 
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events
-]
 _DONE = b"data: [DONE]\n\n"
-# Tokens that have come already, or that nobody is there to read, take no turn of the event loop: a
-# long answer would keep the others waiting, and its own end from being noticed.
-_TOKENS_BETWEEN_TURNS = 32
 
 
 class View(Protocol):
@@ -35,14 +35,25 @@ class View(Protocol):
     whole_object: str
     chunk_object: str
 
+    def head(self, envelope: Envelope, /) -> None:
+        """Put beside the choices what there is to say once: a stream's first event has it."""
+
     def opening(self, index: int, /) -> msgspec.Struct | None:
         """What a stream says before the first token of a choice."""
 
-    def chunk(self, index: int, token: TextToken) -> msgspec.Struct:
-        """One token of a choice."""
+    def chunk(self, index: int, tokens: Sequence[TextToken], /) -> msgspec.Struct:
+        """The next tokens of a choice, most often one."""
 
-    def whole(self, index: int, tokens: Sequence[TextToken]) -> msgspec.Struct:
+    def whole(self, index: int, tokens: Sequence[TextToken], /) -> msgspec.Struct:
         """All tokens of a choice."""
+
+
+class Metrics(msgspec.Struct, kw_only=True, frozen=True):
+    """How long parts of a request took; benchmark clients read them."""
+
+    queue_time_ms: float
+    time_to_first_token_ms: float
+    kv_transfer_ms: float
 
 
 class Envelope(msgspec.Struct, kw_only=True):
@@ -54,120 +65,125 @@ class Envelope(msgspec.Struct, kw_only=True):
     model: str
     choices: list[Any]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    metrics: Metrics | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    kvbaton: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET  # what only we have
 
 
-class Answer(Response):
-    """An ASGI response that owns its choices: they are cancelled when it ends, however it ends.
-
-    A request that fails before its first token raises KvbatonError and so gets a proper status;
-    after that the stream itself carries the error. `stopping` is done when the server goes down.
-    """
+class Answer(Sender):
+    """Choices in an envelope, as their view shows them."""
 
     def __init__(
         self,
         choices: Choices,
         view: View,
         *,
-        request_id: str,
+        ticket: Ticket,
+        running: Running,
         model_name: str,
         stream: StreamOptions | None,
+        stream_interval: int,
         stopping: asyncio.Future[None],
     ) -> None:
-        self._choices = choices
+        """`stream` None: as one object. `stream_interval`: tokens of a choice in one event."""
+        is_stream = stream is not None
+        super().__init__(
+            choices, ticket=ticket, running=running, is_stream=is_stream, stopping=stopping
+        )
         self._view = view
         self._envelope = Envelope(
-            id=view.id_prefix + request_id,
-            object=view.whole_object if stream is None else view.chunk_object,
+            id=view.id_prefix + ticket.request_id,
+            object=view.chunk_object if is_stream else view.whole_object,
             created=int(time.time()),
             model=model_name,
             choices=[],
         )
-        self._stream_options = stream
-        self._stopping = stopping
-        self._has_started = False
+        self._options = stream or StreamOptions()
+        self._stream_interval = stream_interval
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._work(send), name="answer")
-        gone = asyncio.create_task(_disconnected(receive), name="disconnect")
-        try:
-            ends = (work, gone, self._stopping)
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-            await self._choices.close()
-        if not work.cancelled():
-            work.result()
-        elif self._stopping.done():
-            await self._fail(send, UnavailableError("the server is shutting down"))
+    def failure(self, error: KvbatonError) -> bytes:
+        """As OpenAI's clients find it."""
+        return b"data: " + kvbaton_error_body(error) + b"\n\n" + _DONE
 
-    async def _work(self, send: Send) -> None:
-        if self._stream_options is None:
-            await self._send_whole(send)
-            return
-        try:
-            await self._send_stream(send, self._stream_options)
-        except KvbatonError as error:
-            await self._fail(send, error)
-
-    async def _fail(self, send: Send, error: KvbatonError) -> None:
-        if not self._has_started:
-            raise error
-        await _send_body(send, b"data: " + kvbaton_error_body(error) + b"\n\n" + _DONE, more=False)
-
-    async def _send_whole(self, send: Send) -> None:
-        tokens: list[list[TextToken]] = [[] for _ in range(len(self._choices))]
-        async for index, token in self._choices:
-            tokens[index].append(token)
-        envelope = self._envelope
-        envelope.choices = [self._view.whole(index, part) for index, part in enumerate(tokens)]
-        envelope.usage = self._choices.usage()
-        body = msgspec.json.encode(envelope)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _send_body(send, body, more=False)
-
-    async def _send_stream(self, send: Send, options: StreamOptions) -> None:
+    async def send_whole(self, send: Send) -> None:
+        """All choices at once."""
+        outputs: list[list[TextToken]] = [[] for _ in range(len(self.choices))]
+        async for index, token in self.choices:
+            outputs[index].append(token)
         envelope, view = self._envelope, self._view
+        outputs = best(self.choices.job, outputs)
+        envelope.choices = [view.whole(index, tokens) for index, tokens in enumerate(outputs)]
+        envelope.usage = self.choices.usage()
+        view.head(envelope)
+        await send_object(send, envelope, self._explain())
+
+    async def send_stream(self, send: Send) -> None:
+        """A choice's tokens as they come, and the usage at the end."""
+        envelope, options = self._envelope, self._options
         if options.include_usage:
             envelope.usage = None
-        async for index, token in self._choices:
-            if not self._has_started:
-                start = {"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM}
-                await send(start)
-                self._has_started = True
-            event = b""
-            opening = view.opening(index) if token.index == 0 else None
-            if opening is not None:
-                envelope.choices = [opening]
-                event = _event(envelope)
-            envelope.choices = [view.chunk(index, token)]
-            if options.continuous_usage_stats:
-                envelope.usage = self._choices.usage()
-            await _send_body(send, event + _event(envelope))
-            if token.index % _TOKENS_BETWEEN_TURNS == 0:
+        waiting: list[list[TextToken]] = [[] for _ in range(len(self.choices))]
+        async for index, token in self.choices:
+            tokens = waiting[index]
+            tokens.append(token)
+            is_due = token.index == 0 or token.finish_reason is not None
+            if is_due or len(tokens) >= self._stream_interval:
+                if options.continuous_usage_stats:
+                    envelope.usage = self.choices.usage()
+                if options.include_worker:
+                    envelope.kvbaton = {"worker": token.worker}
+                await self._send_chunk(send, index, tokens)
+                tokens.clear()
+            if token.index % TOKENS_BETWEEN_TURNS == 0:
                 await asyncio.sleep(0)
         last = b""
+        envelope.kvbaton = msgspec.UNSET
+        self._explain()
         if options.include_usage:
+            envelope.usage = self.choices.usage()
+            envelope.metrics = _metrics(self.choices.timeline)
+        if options.include_usage or self.choices.job.is_explained:
             envelope.choices = []
-            envelope.usage = self._choices.usage()
             last = _event(envelope)
-        await _send_body(send, last + _DONE, more=False)
+        await send_body(send, last + _DONE, more=False)
+
+    def _explain(self) -> str:
+        """How it came about, if that is wanted: in the envelope, and for a header."""
+        if not self.choices.job.is_explained:
+            return ""
+        explanations = self.choices.explanations()
+        self._envelope.kvbaton = {"explanations": explanations}
+        return server_timing(explanations[0])
+
+    async def _send_chunk(self, send: Send, index: int, tokens: list[TextToken]) -> None:
+        envelope, view = self._envelope, self._view
+        events = []
+        opening = view.opening(index) if tokens[0].index == 0 else None
+        for choice in (opening, view.chunk(index, tokens)):
+            if choice is None:
+                continue
+            envelope.choices = [choice]
+            if not self.has_started:
+                view.head(envelope)
+                await self.start_stream(send)
+            events.append(_event(envelope))
+            envelope.prompt_token_ids = envelope.prompt_logprobs = msgspec.UNSET
+        await send_body(send, b"".join(events))
+
+
+def _metrics(timeline: Timeline) -> Metrics:
+    """What did not happen, such as a transfer in a colocated cluster, took no time."""
+
+    def passed_ms(begin: float, end: float) -> float:
+        return round(max(0.0, end - begin) * 1000, 3) if begin and end else 0.0
+
+    return Metrics(
+        queue_time_ms=passed_ms(timeline.received_at, timeline.placed_at),
+        time_to_first_token_ms=passed_ms(timeline.received_at, timeline.first_token_at),
+        kv_transfer_ms=passed_ms(timeline.prefilled_at, timeline.handed_over_at),
+    )
 
 
 def _event(envelope: Envelope) -> bytes:
     return b"data: " + msgspec.json.encode(envelope) + b"\n\n"
-
-
-async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

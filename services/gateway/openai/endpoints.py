@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeVar
 
 import msgspec
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from common.seams import Clock, Rng
-from kvbaton.errors import InvalidRequestError, NotFoundError
-from kvbaton.sampling import SamplingParams
+from common.seams import Clock
 from services.gateway.api_keys import Caller
 from services.gateway.backend import Backend
-from services.gateway.generation import check_cache_salt, check_prompt, check_stop, tokenize
-from services.gateway.idempotency import HEADER as IDEMPOTENCY_KEY
-from services.gateway.idempotency import DerivedRng, read_key
-from services.gateway.openai import schema
+from services.gateway.openai import params, schema
 from services.gateway.openai.answer import Answer, View
 from services.gateway.openai.body import BodyReader
-from services.gateway.openai.chat import ChatView
+from services.gateway.openai.chats import Chats
 from services.gateway.openai.choices import Choices, Job
-from services.gateway.openai.completions import CompletionView
-from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, UnsupportedFields
-from services.gateway.quotas import Charge, over_quota
+from services.gateway.openai.completions import CompletionShow, CompletionView
+from services.gateway.openai.decoding import decode_body
+from services.gateway.openai.grammars import Grammars
+from services.gateway.openai.intake import Intake, check_model
+from services.gateway.openai.logprobs import TokenNames
+from services.gateway.openai.prompts import parse_prompts
+from services.gateway.openai.running import Running, Ticket
+from services.gateway.openai.structured import parse_structure
+from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
 from services.gateway.text import TextModel
-
-log = structlog.get_logger()
-
-T = TypeVar("T")
-
-_DEFAULT_COMPLETION_TOKENS = 16
-# Names are looked for in requests of ordinary size only: a list of millions would cost memory.
-_MAX_BYTES_SEARCHED = 64 * 1024
-_MAX_UNKNOWN_FIELDS = 256
-_MAX_NAME_CHARS = 64
 
 
 class ModelCard(msgspec.Struct, kw_only=True, frozen=True):
@@ -61,71 +50,86 @@ class Endpoints:
         model: TextModel,
         *,
         clock: Clock,
-        rng: Rng,
+        intake: Intake,
+        chats: Chats,
+        grammars: Grammars,
+        bodies: BodyReader,
+        running: Running,
         stopping: asyncio.Future[None],
     ) -> None:
         self._backend = backend
         self._model = model
         self._clock = clock
-        self._rng = rng
         self._stopping = stopping
-        self._bodies = BodyReader()
-        self._unknown_fields: set[str] = set()
+        self._bodies = bodies
+        self._running = running
+        self._intake = intake
+        self._chats = chats
+        self._grammars = grammars
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         received_at = self._clock.now()
         async with self._bodies.open(request) as body:
-            rng = self._rng_of(request, body)
-            fields = schema.decode_body(body, schema.CompletionRequest)
-            self._check(body, fields, COMPLETION_FIELDS)
-            sampling = schema.sampling_params(
+            rng = self._intake.rng_of(request, body)
+            fields = decode_body(body, schema.CompletionRequest)
+            self._intake.check(request, body, fields, COMPLETION_FIELDS)
+            max_tokens = params.most_tokens(fields)
+            drops_output = bool(fields.echo) and max_tokens == 0
+            asked = params.prompt_logprobs(fields)
+            of_echo = fields.logprobs if fields.echo else None
+            sampling = await self._intake.sampling(
                 fields,
-                max_tokens=_first(fields.max_tokens, _DEFAULT_COMPLETION_TOKENS),
+                max_tokens=1 if drops_output else max_tokens,
                 logprobs=fields.logprobs,
+                prompt_logprobs=max(
+                    (each for each in (asked, of_echo) if each is not None), default=None
+                ),
+                grammar=await self._grammar(fields),
             )
-            prompts = schema.parse_prompts(fields.prompt)
-            schema.check_num_choices(len(prompts), _first(fields.n, 1))
-            is_special = _first(fields.add_special_tokens, True)
-            num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-            token_ids = await tokenize(
-                num_chars, lambda: [self._encode(prompt, is_special) for prompt in prompts]
+            prompts = parse_prompts(fields.prompt)
+            params.num_choices(fields, len(prompts))  # before any of them is tokenized
+            token_ids = await self._intake.tokenized(fields, prompts, max_tokens)
+            show = CompletionShow(
+                logprobs=fields.logprobs,
+                prompt_logprobs=asked,
+                echo=self._echo(fields, prompts, token_ids) if fields.echo else (),
+                token_ids=bool(fields.return_token_ids),
             )
-        job = self._job(request, fields, token_ids, sampling, rng=rng, received_at=received_at)
-        view = CompletionView(
-            self._model, len(prompts) * job.n, with_logprobs=sampling.logprobs is not None
+        job = self._intake.job(
+            request,
+            fields,
+            token_ids,
+            sampling,
+            rng=rng,
+            received_at=received_at,
+            drops_output=drops_output,
         )
-        return self._answer(job, fields, view)
+        choices = self._begin(job)
+        return self._answer(
+            request, fields, choices, CompletionView(choices, show, self._names(fields))
+        )
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         received_at = self._clock.now()
         async with self._bodies.open(request) as body:
-            rng = self._rng_of(request, body)
-            fields = schema.decode_body(body, schema.ChatRequest)
-            self._check(body, fields, CHAT_FIELDS)
-            sampling = schema.sampling_params(
-                fields,
-                max_tokens=_first(fields.max_completion_tokens, fields.max_tokens),
-                logprobs=schema.chat_logprobs(fields),
-            )
-            schema.check_num_choices(1, _first(fields.n, 1))
-            messages = schema.parse_messages(fields.messages)
-            prompt = await self._model.chat(messages, most_tokens=self._backend.max_model_len)
-            self._check_prompt(prompt, "messages")
-        job = self._job(request, fields, [prompt], sampling, rng=rng, received_at=received_at)
-        view = ChatView(self._model, with_logprobs=sampling.logprobs is not None)
-        return self._answer(job, fields, view)
+            rng = self._intake.rng_of(request, body)
+            fields = decode_body(body, schema.ChatRequest)
+            self._intake.check(request, body, fields, CHAT_FIELDS)
+            chat = await self._chats.read(request, fields, rng=rng, received_at=received_at)
+        choices = self._begin(chat.job)
+        return self._answer(request, fields, choices, chat.view(choices, self._names(fields)))
 
     async def models(self, _request: Request) -> Response:
         """GET /v1/models."""
-        return _json({"object": "list", "data": [self._card()]})
+        return json_response({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
-        self._check_model(request.path_params["model"])
-        return _json(self._card())
+        check_model(self._model, request.path_params["model"])
+        return json_response(self._card())
 
     def _card(self) -> ModelCard:
         name = self._model.name
@@ -133,120 +137,47 @@ class Endpoints:
             id=name, created=self._created, root=name, max_model_len=self._backend.max_model_len
         )
 
-    def _check(
-        self, body: bytes, fields: schema.GenerationFields, unsupported: UnsupportedFields
-    ) -> None:
-        """Everything that needs neither the prompt nor the backend."""
-        self._log_unknown(body, fields, unsupported)
-        unsupported.check(body)
-        if fields.model:
-            self._check_model(fields.model)
-        check_stop(schema.stop_strings(fields))
-        for token_id in fields.stop_token_ids or ():
-            if not 0 <= token_id < self._model.vocab_size:
-                raise InvalidRequestError(
-                    f"stop_token_ids has token id {token_id}, the model's are 0 to "
-                    f"{self._model.vocab_size - 1}",
-                    field="stop_token_ids",
-                )
-        schema.check_stream_options(fields)
-
-    def _check_model(self, name: str) -> None:
-        if name != self._model.name:
-            raise NotFoundError(
-                f"there is no model {name[:_MAX_NAME_CHARS]!r} here, only {self._model.name!r}",
-                field="model",
-            )
-
-    def _log_unknown(
-        self, body: bytes, fields: schema.GenerationFields, unsupported: UnsupportedFields
-    ) -> None:
-        """One line for each name of a field that nobody reads, the first time it comes."""
-        if len(body) > _MAX_BYTES_SEARCHED:
-            return
-        names = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys()
-        known = unsupported.names | schema.IGNORED_FIELDS
-        for name in names - known - set(fields.__struct_fields__) - self._unknown_fields:
-            if len(self._unknown_fields) < _MAX_UNKNOWN_FIELDS and len(name) <= _MAX_NAME_CHARS:
-                self._unknown_fields.add(name)
-                log.warning("unknown_field_ignored", field=name)
-
-    def _encode(self, prompt: str | list[int], is_special: bool) -> list[int]:
-        if isinstance(prompt, str):
-            prompt = self._model.encode(
-                prompt, add_special_tokens=is_special, most_tokens=self._backend.max_model_len
-            )
-        self._check_prompt(prompt, "prompt")  # before the next one is tokenized
-        return prompt
-
-    def _check_prompt(self, prompt: list[int], field: str) -> None:
-        check_prompt(prompt, self._model.vocab_size, self._backend.max_model_len, field=field)
-
-    def _job(
+    def _echo(
         self,
-        request: Request,
-        fields: schema.GenerationFields,
-        prompts: list[list[int]],
-        sampling: SamplingParams,
-        *,
-        rng: Rng,
-        received_at: float,
-    ) -> Job:
-        n = _first(fields.n, 1)
-        cache_salt = check_cache_salt(fields.cache_salt)
+        fields: schema.CompletionRequest,
+        prompts: list[str] | list[list[int]],
+        token_ids: list[list[int]],
+    ) -> list[str]:
+        """The prompts as texts: as they were given, unless as ids or to be cut."""
+        skip = fields.skip_special_tokens is not False
+        return [
+            given
+            if isinstance(given, str) and fields.truncate_prompt_tokens is None
+            else self._model.decode(ids, skip_special_tokens=skip)
+            for given, ids in zip(prompts, token_ids, strict=True)
+        ]
+
+    async def _grammar(self, fields: schema.GenerationFields) -> str:
+        source = parse_structure(fields)
+        return "" if source is None else await self._grammars.compile(source)
+
+    def _names(self, fields: schema.GenerationFields) -> TokenNames:
+        return TokenNames(self._model, as_ids=bool(fields.return_tokens_as_token_ids))
+
+    def _begin(self, job: Job) -> Choices:
+        return Choices(job, self._backend, self._model, self._clock)
+
+    def _answer(
+        self, request: Request, fields: schema.GenerationFields, choices: Choices, view: View
+    ) -> Answer:
         caller: Caller = request.state.caller
-        return Job(
-            request_id=request.state.request_id,
-            prompts=prompts,
-            n=n,
-            sampling=sampling,
-            stop=schema.stop_strings(fields),
-            skip_special_tokens=_first(fields.skip_special_tokens, True),
-            cache_salt=cache_salt,
-            cache_tenant=caller.cache_tenant,
-            charge=self._charge(caller, prompts, n, sampling),
-            rng=rng,
-            received_at=received_at,
-        )
-
-    def _rng_of(self, request: Request, body: bytes) -> Rng:
-        """Where the request's seeds come from. With an Idempotency-Key its id does too."""
-        key = read_key(request.headers.getlist(IDEMPOTENCY_KEY))
-        if key is None:
-            return self._rng
-        caller: Caller = request.state.caller
-        rng = DerivedRng(tenant=caller.tenant, key=key, model=self._model.name, body=body)
-        request.state.request_id = rng.new_id()
-        return rng
-
-    def _charge(
-        self, caller: Caller, prompts: list[list[int]], n: int, sampling: SamplingParams
-    ) -> Charge:
-        """Sets aside the most tokens that the request can use. Raises OverloadedError."""
-        num_tokens = 0
-        for prompt in prompts:
-            room = (self._backend.max_model_len or len(prompt)) - len(prompt)
-            num_tokens += len(prompt) + n * min(room, _first(sampling.max_tokens, room))
-        refusal = caller.quota.take_tokens(num_tokens, self._clock.now())
-        if refusal is not None:
-            raise over_quota(refusal)
-        return Charge(caller.quota, num_tokens)
-
-    def _answer(self, job: Job, fields: schema.GenerationFields, view: View) -> Answer:
         return Answer(
-            Choices(job, self._backend, self._model, self._clock),
+            choices,
             view,
-            request_id=job.request_id,
+            ticket=Ticket(choices.job.like.request_id, caller.tenant),
+            running=self._running,
             model_name=self._model.name,
             stream=(fields.stream_options or schema.StreamOptions()) if fields.stream else None,
+            stream_interval=fields.stream_interval or 1,
             stopping=self._stopping,
         )
 
 
-def _first(value: T | None, default: T) -> T:
-    """The value, or the default where the client gave none."""
-    return default if value is None else value
-
-
-def _json(value: object) -> Response:
+def json_response(value: object) -> Response:
+    """What is not generated."""
     return Response(msgspec.json.encode(value), media_type="application/json")

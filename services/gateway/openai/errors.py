@@ -11,29 +11,39 @@ from starlette.responses import Response
 
 from kvbaton.errors import KvbatonError
 
-_CODES = {
-    401: "invalid_api_key",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    415: "unsupported_media_type",
+# By status; the names are vLLM's where it has one.
+TYPES = {
+    400: "BadRequestError",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "NotFoundError",
+    405: "MethodNotAllowed",
+    408: "RequestTimeout",
+    413: "RequestEntityTooLarge",
+    415: "UnsupportedMediaType",
+    422: "UnprocessableEntity",
+    429: "RateLimitError",
+    431: "RequestHeaderFieldsTooLarge",
+    499: "ClientClosedRequest",
+    500: "InternalServerError",
+    501: "NotImplemented",
+    502: "BadGateway",
+    503: "ServiceUnavailableError",
 }
-_TYPES = {429: "rate_limit_error"}
 _RETRY_AFTER_S = 1.0
 # The rest of the body may still be on its way; it is not read as the next request.
 _CLOSING = (408, 413, 415)
 
 
-def error_body(status: int, message: str, code: str, field: str | None = None) -> bytes:
+def error_body(status: int, message: str, field: str | None = None) -> bytes:
     """The JSON body of an error answer, also sent as an event when a stream fails."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": message, "type": kind, "param": field, "code": code}
+    error = {"message": message, "type": TYPES[status], "param": field, "code": status}
     return msgspec.json.encode({"error": error})
 
 
 def kvbaton_error_body(error: KvbatonError) -> bytes:
     """The same for one of our own errors."""
-    return error_body(error.status, error.message, error.code, error.field)
+    return error_body(error.status, error.message, error.field)
 
 
 async def on_kvbaton_error(_request: Request, error: Exception) -> Response:
@@ -53,7 +63,7 @@ def kvbaton_error_response(error: KvbatonError) -> Response:
 def no_key_response() -> Response:
     """The answer to a request without a key, or with one that nobody has."""
     message = "this server needs an API key: Authorization: Bearer KEY"
-    return _response(401, error_body(401, message, _CODES[401]), {"www-authenticate": "Bearer"})
+    return _response(401, error_body(401, message), {"www-authenticate": "Bearer"})
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -64,8 +74,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         message = f"there is no {request.url.path}"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
-    code = _CODES[error.status_code]
-    body = error_body(error.status_code, message, code)
+    body = error_body(error.status_code, message)
     return _response(error.status_code, body, dict(error.headers or {}))
 
 

@@ -19,53 +19,30 @@ _EMPTY: tuple[Any, ...] = (None, [], {}, "")
 _OFF: tuple[Any, ...] = (None, False)
 
 _BOTH: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (None, True),
-    "allowed_token_ids": _EMPTY,
-    "bad_words": _EMPTY,
-    "best_of": (None, 1),
     "chat_template": _EMPTY,
-    "chat_template_kwargs": _EMPTY,
     "custom_params": _EMPTY,
-    "ebnf": _EMPTY,
-    "echo": _OFF,
-    "guided_choice": _EMPTY,
-    "guided_grammar": _EMPTY,
-    "guided_json": _EMPTY,
-    "guided_regex": _EMPTY,
-    "include_stop_str_in_output": _OFF,
-    "json_schema": _EMPTY,
     "kv_transfer_params": _EMPTY,
     "length_penalty": (None, 1),
-    "logit_bias": _EMPTY,
     "logits_processors": _EMPTY,
     "lora_path": _EMPTY,
-    "priority": (None, 0),
     "prompt_embeds": _EMPTY,
-    "prompt_logprobs": (None, False),
-    "regex": _EMPTY,
-    "response_format": (None, {"type": "text"}),
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
-    "stream_interval": (None, 1),
-    "structured_outputs": _EMPTY,
     "suffix": _EMPTY,
-    "truncate_prompt_tokens": _NULL,
     "use_beam_search": _OFF,
 }
 _CHAT: dict[str, tuple[Any, ...]] = {
     "audio": _NULL,
-    "continue_final_message": _OFF,
-    "documents": _EMPTY,
     "function_call": (None, "none", "auto"),
     "functions": _EMPTY,
     "modalities": (None, ["text"]),
     "prediction": _NULL,
-    "tool_choice": (None, "none", "auto"),
-    "tools": _EMPTY,
     "web_search_options": _NULL,
 }
+_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "response_format": _NULL,
+    "top_logprobs": (None, 0),
+}
 # Not for lack of time: a template is a program.
-_NEVER = ("chat_template", "chat_template_kwargs")
+_NEVER = ("chat_template",)
 
 
 class UnsupportedFields:
@@ -104,3 +81,4 @@ def _reason(name: str) -> str:
 
 COMPLETION_FIELDS = UnsupportedFields(_BOTH)
 CHAT_FIELDS = UnsupportedFields({**_BOTH, **_CHAT})
+RESPONSES_FIELDS = UnsupportedFields({**_BOTH, **_RESPONSES})

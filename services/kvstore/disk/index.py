@@ -160,6 +160,12 @@ class DiskIndex:
             del self._places[key]
             del place.segment.keys[place.slot]
 
+    def forget_all(self) -> None:
+        """No block can be found any more; the files go in their turn."""
+        self._places.clear()
+        for segment in self._segments:
+            segment.keys.clear()
+
     def _point(self, key: bytes, place: Place) -> None:
         former = self._places.get(key)
         if former is not None:

@@ -79,6 +79,10 @@ class DiskTier:
         if place is not None:
             self._index.forget(key, place)
 
+    def forget_all(self) -> None:
+        """Nobody shall find any block any more, until a restart finds the files again."""
+        self._index.forget_all()
+
     @property
     def num_safe(self) -> int:
         """So many of the blocks that were stored last are sure to be safe."""
