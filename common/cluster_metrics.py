@@ -102,7 +102,7 @@ def add_distribution(
     buckets, num_below = [], 0
     for bound, count in zip((*bounds, float("inf")), counts, strict=True):
         num_below += count
-        buckets.append((floatToGoString(bound), num_below))
+        buckets.append((floatToGoString(bound), num_below))  # type: ignore[no-untyped-call]
     histogram.add_metric(labels, buckets, values.total)
 
 

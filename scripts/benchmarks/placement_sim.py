@@ -14,13 +14,13 @@ from common.worker.sequence import Sequence as Prompt
 from scripts.benchmarks.latency import TOKEN_BYTES, opt_66b
 from scripts.benchmarks.placement_workers import BLOCK_SIZE, DecodeSim, Job, Lru, PrefillSim
 from scripts.benchmarks.trace import Arrival
-from services.gateway.candidates import Candidate, Wanted
-from services.gateway.estimates import GUESSED_PROMPT_STEPS, resolved
-from services.gateway.line import Line
-from services.gateway.placement import choose
-from services.gateway.prefixes import PrefixIndex
+from services.gateway.routing.candidates import Candidate, Wanted
+from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, resolved
+from services.gateway.routing.line import Line
+from services.gateway.routing.placement import choose
+from services.gateway.routing.prefixes import PrefixIndex
 
-_RUN_UP_S = 0.5  # as in services/gateway/placer.py
+_RUN_UP_S = 0.5  # as in services/gateway/routing/placer.py
 _RUN_UP_REQUESTS = 2
 _MAX_NUM_SEQS = 256
 _END_S = 1e6  # when all is over

@@ -14,7 +14,7 @@ from common.worker.sequence import Sequence as Prompt
 from common.worker.step_fit import StepFits
 from kvbaton.sampling import SamplingParams
 from scripts.benchmarks.trace import Arrival
-from services.gateway.estimates import Backlog
+from services.gateway.routing.estimates import Backlog
 from services.prefill.scheduler import PrefillScheduler
 
 BLOCK_SIZE = 512  # tokens, the trace's

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from common.config import StartError
-from services.gateway.api_keys import Entry, add_key
+from services.gateway.access.api_keys import Entry, add_key
 
 EXIT_FAILED = 1
 _LIMITS = ("requests-per-minute", "tokens-per-minute", "tokens-per-day")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvbaton.sampling import SamplingParams
-from services.gateway.decision import Decision
-from services.gateway.timeline import Attempts
+from services.gateway.observe.timeline import Attempts
+from services.gateway.routing.decision import Decision
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,19 +16,19 @@ import structlog
 from common.config import INSECURE_HELP, KEYS_HELP, StartError, setting
 from common.metrics_port import HOST_HELP, PORT_HELP, MetricsPort
 from common.service import Seams, Tasks
-from services.gateway.admin import Admin, drop_cache, load_admin_key
-from services.gateway.admission import Admission
+from services.gateway.access.admin import Admin, drop_cache, load_admin_key
 from services.gateway.backend import Targets
-from services.gateway.chooser import Routing
-from services.gateway.clients import ClientFace
-from services.gateway.dispatcher import Dispatcher
-from services.gateway.http import HttpFace
-from services.gateway.http_access import load_access
-from services.gateway.metrics import cluster_metrics
-from services.gateway.page.live import Live
-from services.gateway.text import TextModel
-from services.gateway.tracing import OtelSpans, load_spans
-from services.gateway.watch import Watch
+from services.gateway.clients.face import ClientFace
+from services.gateway.http.access import load_access
+from services.gateway.http.face import HttpFace
+from services.gateway.http.page.live import Live
+from services.gateway.observe.metrics import cluster_metrics
+from services.gateway.observe.tracing import OtelSpans, load_spans
+from services.gateway.observe.watch import Watch
+from services.gateway.routing.admission import Admission
+from services.gateway.routing.chooser import Routing
+from services.gateway.routing.dispatcher import Dispatcher
+from services.gateway.text.model import TextModel
 
 log = structlog.get_logger()
 

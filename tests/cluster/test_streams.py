@@ -52,7 +52,7 @@ async def test_200_http_streams_at_once_give_the_text_of_their_tokens(tmp_path: 
                 return "".join([chunk.choices[0].text async for chunk in stream])
 
             texts = await asyncio.gather(*(one(prompt) for prompt in prompts))
-        from services.gateway.text import TextModel
+        from services.gateway.text.model import TextModel
 
         text_model = TextModel(Path("models/demo"))
         for prompt, text in zip(prompts, texts, strict=True):

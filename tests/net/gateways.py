@@ -23,9 +23,9 @@ from kvbaton.protocol import (
     client_message_decoder,
     gateway_message_decoder,
 )
-from services.gateway.admin import Admin
-from services.gateway.clients import ClientFace
-from services.gateway.peers import Store
+from services.gateway.access.admin import Admin
+from services.gateway.clients.face import ClientFace
+from services.gateway.routing.peers import Store
 from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model
 
 FREE_PORT = "tcp://127.0.0.1:*"

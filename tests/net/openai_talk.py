@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from services.gateway.backend import GenerationRequest
-from services.gateway.http import HttpFace
+from services.gateway.http.face import HttpFace
 from tests.unit.gateway_fakes import FakeBackend, demo_model, running_face, says
 
 WEATHER: Any = {

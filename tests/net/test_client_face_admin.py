@@ -18,7 +18,7 @@ from kvbaton.__main__ import main
 from kvbaton.admin import HistoryEvent, StoreAudit, StoreHistory
 from kvbaton.errors import ConnectionLostError, KvbatonError
 from kvbaton.protocol import Audit, Cancel, Error, Ping, Pong, Why
-from services.gateway.peers import Store
+from services.gateway.routing.peers import Store
 from tests.net.gateways import FakeClock, RawClient, raw_client, running_face
 from tests.unit.gateway_fakes import FakeBackend
 

@@ -23,7 +23,7 @@ from kvbaton.questions import (
     ModelCard,
     Score,
 )
-from services.gateway import clients
+from services.gateway.clients import face as clients
 from tests.net.gateways import (
     raw_client,
     running_face,

@@ -13,7 +13,7 @@ from kvbaton.codec import encode
 from kvbaton.protocol import Done, Generate, Hello
 from kvbaton.sockets import HIGH_WATER_MARK
 from services.gateway.backend import TokenEvent
-from services.gateway.clients import ClientFace
+from services.gateway.clients.face import ClientFace
 from tests.net.gateways import PATIENCE_S, raw_client, running_face
 from tests.security.wire_bytes import frame, greeting, ready
 from tests.unit.gateway_fakes import FakeBackend, FakeStream, events

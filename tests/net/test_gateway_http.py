@@ -17,7 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from common.seams import LiveClock
 from common.service import Tasks
 from kvbaton.errors import UnavailableError
-from services.gateway.http import HttpFace
+from services.gateway.http.face import HttpFace
 from tests.unit.gateway_fakes import (
     FakeBackend,
     FakeRng,

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 
-from services.gateway import http_server
-from services.gateway.http import HttpFace
-from services.gateway.openai import body as bodies
-from services.gateway.openai.body import MAX_BODY_BYTES
+from services.gateway.http import server as http_server
+from services.gateway.http.face import HttpFace
+from services.gateway.http.openai import body as bodies
+from services.gateway.http.openai.body import MAX_BODY_BYTES
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 
 JSON = {"content-type": "application/json"}

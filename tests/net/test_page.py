@@ -11,9 +11,9 @@ import pytest
 from playwright.async_api import Page, async_playwright
 
 from services.gateway.backend import TokenEvent
-from services.gateway.http import HttpFace
-from services.gateway.page.files import PATHS
-from services.gateway.page.live import Live, Requests, State, WorkerState
+from services.gateway.http.face import HttpFace
+from services.gateway.http.page.files import PATHS
+from services.gateway.http.page.live import Live, Requests, State, WorkerState
 from tests.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.security.http_keys import client_of, entry, face_with_keys
 from tests.unit.gateway_fakes import FakeBackend, running_face, says

@@ -21,7 +21,7 @@ from kvbaton.errors import (
 from kvbaton.protocol import Accepted, Cancel, Error, Generate, Resume, Token, Tokens
 from kvbaton.request import RequestOptions
 from services.gateway.backend import GenerationRequest, TokenEvent
-from services.gateway.clients import ClientFace
+from services.gateway.clients.face import ClientFace
 from tests.net.gateways import PATIENCE_S, running_face, scripted_gateway
 from tests.unit.gateway_fakes import FakeBackend, RefusedError, says
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
-from services.gateway.api_keys import ApiKeys, Entry
-from services.gateway.http import HttpFace
-from services.gateway.http_access import HttpAccess
+from services.gateway.access.api_keys import ApiKeys, Entry
+from services.gateway.http.access import HttpAccess
+from services.gateway.http.face import HttpFace
 from tests.unit.gateway_fakes import FakeBackend, running_face
 
 ASK = {"model": "demo", "prompt": "hello"}

@@ -36,8 +36,8 @@ from kvbaton.protocol import (
     gateway_message_decoder,
 )
 from kvbaton.protocol import Hello as ClientHello
-from services.gateway.admin import Admin
-from services.gateway.clients import ClientFace
+from services.gateway.access.admin import Admin
+from services.gateway.clients.face import ClientFace
 from tests.security.hostile import hostile, message, packed
 from tests.security.samples import UNIONS
 from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model, says

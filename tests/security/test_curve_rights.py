@@ -32,8 +32,8 @@ from common.service import Tasks, live_seams
 from kvbaton import protocol, questions
 from kvbaton.codec import encode
 from kvbaton.errors import KvbatonError
-from services.gateway.admin import Admin
-from services.gateway.clients import ClientFace
+from services.gateway.access.admin import Admin
+from services.gateway.clients.face import ClientFace
 from tests.security.samples import UNIONS, kinds, sample
 from tests.security.targets import DECODERS, Wire
 from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model, says

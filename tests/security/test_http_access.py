@@ -16,8 +16,8 @@ from starlette.routing import Route
 
 from common.config import StartError
 from kvbaton.errors import UnavailableError
-from services.gateway import http
-from services.gateway.http_access import OPEN_PATHS, load_access
+from services.gateway.http import face as http
+from services.gateway.http.access import OPEN_PATHS, load_access
 from tests.security.http_keys import (
     ASK,
     CHAT,

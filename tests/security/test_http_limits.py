@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kvbaton.errors import InvalidRequestError
-from services.gateway import http_server
-from services.gateway.openai import schema
-from services.gateway.openai.decoding import decode_body
+from services.gateway.http import server as http_server
+from services.gateway.http.openai import schema
+from services.gateway.http.openai.decoding import decode_body
 from tests.security.http_keys import ASK, client_of, entry, face_with_keys
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 

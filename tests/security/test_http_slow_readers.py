@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.gateway import http_server
-from services.gateway.http import HttpFace
+from services.gateway.http import server as http_server
+from services.gateway.http.face import HttpFace
 from tests.security.http_keys import ASK, client_of
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kvbaton.errors import InvalidRequestError, OverloadedError
-from services.gateway import templates
-from services.gateway.templates import ChatTemplate, TemplateFailedError
-from services.gateway.text import TextModel, TextModelError
+from services.gateway.text import templates
+from services.gateway.text.model import TextModel, TextModelError
+from services.gateway.text.templates import ChatTemplate, TemplateFailedError
 from tests.security.http_keys import client_of
 from tests.unit.gateway_fakes import DEMO, FakeBackend, running_face, says
 

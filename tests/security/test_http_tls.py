@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from common.config import StartError
-from services.gateway.http_access import HttpAccess, load_access, tls_context
+from services.gateway.http.access import HttpAccess, load_access, tls_context
 from tests.security.http_keys import ASK, FakeClock
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 

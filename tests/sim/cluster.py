@@ -19,8 +19,8 @@ from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
-from services.gateway.chooser import Routing
-from services.gateway.stream import RequestStream
+from services.gateway.routing.chooser import Routing
+from services.gateway.routing.stream import RequestStream
 from services.kvstore.config import StoreConfig
 from services.kvstore.ledger import Ledger
 from services.kvstore.service import KvStore

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from common.service import Seams, Tasks
 from kvbaton.errors import ConnectionLostError
-from services.gateway.admission import Admission
-from services.gateway.chooser import Routing
-from services.gateway.dispatcher import Dispatcher
-from services.gateway.stream import RequestStream
+from services.gateway.routing.admission import Admission
+from services.gateway.routing.chooser import Routing
+from services.gateway.routing.dispatcher import Dispatcher
+from services.gateway.routing.stream import RequestStream
 
 
 class SimGateway:

@@ -23,8 +23,8 @@ from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from services.decode.places import Places
 from services.decode.worker import DecodeRole
-from services.gateway.dispatcher import Dispatcher
-from services.gateway.stream import RequestStream
+from services.gateway.routing.dispatcher import Dispatcher
+from services.gateway.routing.stream import RequestStream
 from services.kvstore.blocks import BlockPool, BlockState
 from services.kvstore.broker import Broker
 from services.kvstore.handoff import Handoff, HandoffState

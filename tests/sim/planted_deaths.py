@@ -12,9 +12,9 @@ from common.messages import Yield
 from common.net.link import Link
 from common.worker.sequence import Sequence
 from services.decode.departure import Departure
-from services.gateway import dispatcher
-from services.gateway.placer import Placer
-from services.gateway.stream import RequestStream
+from services.gateway.routing import dispatcher
+from services.gateway.routing.placer import Placer
+from services.gateway.routing.stream import RequestStream
 from services.kvstore.blocks import Block, BlockPool
 from services.kvstore.handoff import Handoff
 from services.kvstore.journal_file import Journal

@@ -14,7 +14,7 @@ from kvbaton.admin import StoreAudit
 from kvbaton.errors import KvbatonError
 from kvbaton.protocol import Audit, Audited
 from services.decode.worker import DecodeRole
-from services.gateway.admin import Admin
+from services.gateway.access.admin import Admin
 from tests.sim.cluster import STORES, Shape, SimCluster, output_of, simulate
 from tests.sim.loop import virtual_loop
 from tests.sim.stranger import Stranger

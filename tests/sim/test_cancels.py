@@ -33,7 +33,7 @@ from common.messages import (
     Seal,
     Suspend,
 )
-from services.gateway.stream import RequestStream
+from services.gateway.routing.stream import RequestStream
 from services.kvstore.handoff import Handoff
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate
 from tests.sim.farm import asked_for, farmed

@@ -15,7 +15,7 @@ from kvbaton.explanation import Explanation
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
-from services.gateway.recent import Ended, Recent
+from services.gateway.observe.recent import Ended, Recent
 from services.prefill.worker import PrefillRole
 from tests.sim.cluster import Shape, SimCluster, listen, output_of, simulate, until
 from tests.sim.scenario import run_seed

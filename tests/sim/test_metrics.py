@@ -11,9 +11,9 @@ from pathlib import Path
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-import services.gateway.http  # noqa: F401 - a gateway's scrape has its counters too
+import services.gateway.http.face  # noqa: F401 - a gateway's scrape has its counters too
 from common.metrics import exposition
-from services.gateway.metrics import cluster_metrics
+from services.gateway.observe.metrics import cluster_metrics
 from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate
 from tests.sim.gateway import SimGateway
 from tests.sim.world import World

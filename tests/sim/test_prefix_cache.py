@@ -8,11 +8,11 @@ import pytest
 
 from common.engine.mock import MOCK_LAYOUT, mock_output
 from kvbaton.sampling import SamplingParams
-from services.gateway.admin import drop_cache
+from services.gateway.access.admin import drop_cache
+from services.gateway.access.quotas import Charge, Limits, Quota
 from services.gateway.backend import GenerationRequest
-from services.gateway.openai.choices import Choices, Job
-from services.gateway.quotas import Charge, Limits, Quota
-from services.gateway.stream import RequestStream
+from services.gateway.http.openai.choices import Choices, Job
+from services.gateway.routing.stream import RequestStream
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate
 from tests.sim.world import World
 from tests.unit.gateway_fakes import FakeRng, demo_model

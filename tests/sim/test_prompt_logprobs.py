@@ -18,7 +18,7 @@ from kvbaton.errors import KvbatonError
 from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
 from services.gateway.backend import GenerationRequest
-from services.gateway.stream import RequestStream
+from services.gateway.routing.stream import RequestStream
 from services.prefill.worker import PrefillRole
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate, until
 from tests.sim.test_cluster_in_memory import SHAPES, random_prompt

@@ -12,7 +12,7 @@ from common.engine.mock import mock_output
 from kvbaton.errors import OverloadedError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, Targets
-from services.gateway.stream import RequestStream
+from services.gateway.routing.stream import RequestStream
 from services.prefill.worker import PrefillRole
 from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate
 from tests.sim.world import World

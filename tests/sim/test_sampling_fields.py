@@ -107,7 +107,7 @@ def request_of(feature: str, index: int, resumed: tuple[int, ...] = ()) -> Gener
     """Prompts of different lengths that begin alike."""
     prompt = [5 + place * 7 % 400 for place in range(20 + index * 9)]
     options = {"temperature": 0.9, "seed": index, "logprobs": 2, "max_tokens": NUM_TOKENS}
-    sampling = SamplingParams(**options | FEATURES[feature])  # type: ignore[arg-type]
+    sampling = SamplingParams(**options | FEATURES[feature])
     return GenerationRequest(f"{index:032x}", prompt, sampling, index % 3, resumed=resumed)
 
 

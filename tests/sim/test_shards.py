@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from common.engine.mock import mock_output
-from services.gateway.placement import choose_shard
+from services.gateway.routing.placement import choose_shard
 from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate, until
 from tests.sim.world import World
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from common.messages import ChunkReport, WorkReport
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, Timeline
-from services.gateway.decision import Decision, Option
-from services.gateway.stream import RequestStream
-from services.gateway.timeline import AttemptTimes
+from services.gateway.observe.timeline import AttemptTimes
+from services.gateway.routing.decision import Decision, Option
+from services.gateway.routing.stream import RequestStream
 
 START = 100.0  # on the gateway's clock
 

@@ -13,9 +13,9 @@ from typing import Any
 from common.seams import LiveClock
 from common.service import Tasks
 from services.gateway.backend import GenerationRequest, PromptToken, Timeline, TokenEvent
-from services.gateway.decision import Decision
-from services.gateway.http import HttpFace
-from services.gateway.text import TextModel
+from services.gateway.http.face import HttpFace
+from services.gateway.routing.decision import Decision
+from services.gateway.text.model import TextModel
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 EOS = 1

@@ -9,7 +9,7 @@ import pytest
 from common.config import StartError
 from scripts.cluster.admin_key import ADMIN_KEY_FILE, admin_key_file, make_admin_key
 from scripts.cluster.keeper import Log, admin_key_setting
-from services.gateway.admin import load_admin_key
+from services.gateway.access.admin import load_admin_key
 
 
 def test_a_key_is_made_once_and_for_this_user_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 
 from kvbaton.errors import OverloadedError
-from services.gateway.admission import Admission
+from services.gateway.routing.admission import Admission
 
 RATE = 100.0  # prompt tokens a second that this cluster computes
 PROMPT = 50

@@ -10,7 +10,7 @@ import pytest
 
 from common.config import StartError
 from scripts.cluster import apikey
-from services.gateway.api_keys import ApiKeys, Entry, load_entries
+from services.gateway.access.api_keys import ApiKeys, Entry, load_entries
 
 DIGEST = "0" * 64
 ENTRY = f'[[key]]\nname = "a"\ntenant = "t"\nsha256 = "{DIGEST}"\n'

@@ -11,8 +11,8 @@ from common.cluster_metrics import StoreRow, WorkerRow, store_families, worker_f
 from common.kv.layout import KvLayout
 from common.messages import Distribution, Load, WorkerCounts
 from common.metrics import render
-from services.gateway.request_metrics import RequestMetrics
-from services.gateway.vllm_metrics import vllm_families
+from services.gateway.observe.request_metrics import RequestMetrics
+from services.gateway.observe.vllm_metrics import vllm_families
 
 LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="bfloat16")
 STORES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.step_times import StepTimes, due_at
-from services.gateway.estimates import Backlog, resolved
+from services.gateway.routing.estimates import Backlog, resolved
 
 TIMES = StepTimes(token_ms=1.0, max_tokens=100)
 

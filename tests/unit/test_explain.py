@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from common.messages import WorkReport
 from kvbaton.explanation import Explanation
 from services.gateway.backend import Timeline
-from services.gateway.explain import explain, server_timing
-from services.gateway.stream import RequestStream
+from services.gateway.observe.explain import explain, server_timing
+from services.gateway.routing.stream import RequestStream
 from tests.unit.explanations import START, at, begin, chunk, served, stream_of
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from kvbaton.errors import KvbatonError, OverloadedError
 from kvbaton.sampling import SamplingParams
+from services.gateway.access.quotas import Charge, Limits, Quota
 from services.gateway.backend import GenerationRequest, PromptToken
-from services.gateway.generation import TextToken
-from services.gateway.openai.choices import Choices, Job, best
-from services.gateway.quotas import Charge, Limits, Quota
+from services.gateway.http.openai.choices import Choices, Job, best
+from services.gateway.text.generation import TextToken
 from tests.unit.gateway_fakes import (
     FakeBackend,
     FakeRng,

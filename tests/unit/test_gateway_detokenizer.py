@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from services.gateway.detokenizer import Detokenizer, StopStrings
+from services.gateway.text.detokenizer import Detokenizer, StopStrings
 from tests.unit.gateway_fakes import DEMO, demo_model
 
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from common.seams import LiveClock
-from services.gateway.api_keys import ApiKeys, Entry
-from services.gateway.http_access import HttpAccess
-from services.gateway.recent import Ended, Recent
+from services.gateway.access.api_keys import ApiKeys, Entry
+from services.gateway.http.access import HttpAccess
+from services.gateway.observe.recent import Ended, Recent
 from tests.unit.explanations import at, served
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 

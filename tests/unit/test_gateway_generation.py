@@ -10,7 +10,7 @@ from kvbaton.errors import InvalidRequestError, KvbatonError, UnavailableError
 from kvbaton.protocol import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, TokenEvent
-from services.gateway.generation import (
+from services.gateway.text.generation import (
     Generation,
     TextOutput,
     TextToken,

@@ -9,15 +9,15 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from services.gateway import http
-from services.gateway.openai import errors
-from services.gateway.openai.schema import (
+from services.gateway.http import face as http
+from services.gateway.http.openai import errors
+from services.gateway.http.openai.schema import (
     IGNORED_FIELDS,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
 )
-from services.gateway.openai.unsupported import CHAT_FIELDS
+from services.gateway.http.openai.unsupported import CHAT_FIELDS
 from tests.unit.gateway_fakes import FakeBackend, running_face
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")

@@ -11,13 +11,13 @@ import pytest
 from kvbaton.errors import InvalidRequestError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import Targets
-from services.gateway.generation import check_cache_salt
-from services.gateway.openai import params, schema
-from services.gateway.openai.decoding import decode
-from services.gateway.openai.prompts import parse_messages, parse_prompts, truncated
-from services.gateway.openai.structured import parse_structure
-from services.gateway.openai.template_options import template_options
-from services.gateway.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from services.gateway.http.openai import params, schema
+from services.gateway.http.openai.decoding import decode
+from services.gateway.http.openai.prompts import parse_messages, parse_prompts, truncated
+from services.gateway.http.openai.structured import parse_structure
+from services.gateway.http.openai.template_options import template_options
+from services.gateway.http.openai.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from services.gateway.text.generation import check_cache_salt
 
 
 def completion(**values: Any) -> schema.CompletionRequest:

@@ -12,9 +12,9 @@ from kvbaton.protocol import Accepted, Done, Generate, Resume, Timings, Token, T
 from kvbaton.questions import Prompt
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, TokenEvent
-from services.gateway.client_plan import Means
-from services.gateway.client_request import answer
-from services.gateway.openai.grammars import Grammars
+from services.gateway.clients.plan import Means
+from services.gateway.clients.request import answer
+from services.gateway.http.openai.grammars import Grammars
 from tests.net.gateways import FakeClock
 from tests.unit.gateway_fakes import EOS, FakeBackend, FakeRng, demo_model, says
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from kvbaton.errors import InvalidRequestError
-from services.gateway.text import TextModel, TextModelError
+from services.gateway.text.model import TextModel, TextModelError
 from tests.unit.gateway_fakes import DEMO, EOS, demo_model
 
 CHAT = [

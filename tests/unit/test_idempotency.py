@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvbaton.errors import InvalidRequestError
-from services.gateway.idempotency import DerivedRng, read_key
+from services.gateway.http.idempotency import DerivedRng, read_key
 
 PARTS = {"tenant": "acme", "key": "k", "model": "demo", "body": b"{}"}
 

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.line import Line
+from services.gateway.routing.line import Line
 
 
 def add(line: Line[str], item: str, tenant: str = "", **fields: float) -> None:

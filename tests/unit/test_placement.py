@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from common.step_times import StepTimes
-from services.gateway.candidates import Candidate, Wanted
-from services.gateway.decision import MAX_ALTERNATIVES, Decision
-from services.gateway.estimates import Backlog
-from services.gateway.placement import Choice, choose
+from services.gateway.routing.candidates import Candidate, Wanted
+from services.gateway.routing.decision import MAX_ALTERNATIVES, Decision
+from services.gateway.routing.estimates import Backlog
+from services.gateway.routing.placement import Choice, choose
 
 PROMPTS = StepTimes(base_ms=10, token_ms=1, max_tokens=100)  # 100 tokens: 110 ms
 TOKENS = StepTimes(base_ms=20, token_ms=1)

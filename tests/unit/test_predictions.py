@@ -6,12 +6,12 @@ import pytest
 
 from common.metrics import REGISTRY
 from kvbaton.sampling import SamplingParams
-from services.gateway import predictions
-from services.gateway.api_keys import ApiKeys, Entry
+from services.gateway.access.api_keys import ApiKeys, Entry
 from services.gateway.backend import NO_TARGETS, GenerationRequest, Targets
-from services.gateway.chooser import Routing
-from services.gateway.decision import Decision, Option
-from services.gateway.stream import RequestStream
+from services.gateway.routing import predictions
+from services.gateway.routing.chooser import Routing
+from services.gateway.routing.decision import Decision, Option
+from services.gateway.routing.stream import RequestStream
 
 
 def value(name: str) -> float:

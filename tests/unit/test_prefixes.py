@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.gateway.prefixes import PrefixIndex
+from services.gateway.routing.prefixes import PrefixIndex
 
 KEYS = [bytes([number]) for number in range(6)]
 

@@ -23,7 +23,7 @@ from common.worker.sequence import Sequence
 from kvbaton.errors import InvalidRequestError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, PromptToken
-from services.gateway.stream import RequestStream
+from services.gateway.routing.stream import RequestStream
 from tests.unit.engine_models import (
     GREEDY,
     build,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.quotas import Bucket, Charge, Limits, Quota, Refusal
+from services.gateway.access.quotas import Bucket, Charge, Limits, Quota, Refusal
 
 
 def test_a_bucket_is_full_at_first_and_fills_evenly() -> None:

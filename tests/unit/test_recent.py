@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from common.messages import MAX_CHUNKS, WorkReport
-from services.gateway.recent import Ended, Recent
+from services.gateway.observe.recent import Ended, Recent
 from tests.unit.explanations import at, begin, chunk, served
 
 

@@ -11,8 +11,8 @@ from common.messages import OutputToken
 from common.metrics import REGISTRY
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, Targets
-from services.gateway.request_metrics import RequestMetrics
-from services.gateway.stream import RequestStream
+from services.gateway.observe.request_metrics import RequestMetrics
+from services.gateway.routing.stream import RequestStream
 
 
 def value(name: str, **labels: str) -> float:

@@ -12,7 +12,7 @@ from common.messages import OutputToken
 from kvbaton.errors import KvbatonError, UnavailableError
 from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, TokenEvent
-from services.gateway.stream import RequestStream
+from services.gateway.routing.stream import RequestStream
 
 
 def stream_of() -> RequestStream:

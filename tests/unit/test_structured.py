@@ -14,10 +14,10 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from kvbaton.errors import InvalidRequestError, KvbatonError, OverloadedError
-from services.gateway.openai.decoding import decode
-from services.gateway.openai.grammars import Grammars, JsonOptions, Source, compile_source
-from services.gateway.openai.schema import CompletionRequest
-from services.gateway.openai.structured import parse_structure
+from services.gateway.http.openai.decoding import decode
+from services.gateway.http.openai.grammars import Grammars, JsonOptions, Source, compile_source
+from services.gateway.http.openai.schema import CompletionRequest
+from services.gateway.http.openai.structured import parse_structure
 from tests.unit.gateway_fakes import DEMO, EOS
 
 SCHEMA = {
@@ -253,7 +253,7 @@ async def test_a_grammar_is_compiled_once(
         compiled.append(source)
         return source.text
 
-    monkeypatch.setattr("services.gateway.openai.grammars.compile_source", compile_once)
+    monkeypatch.setattr("services.gateway.http.openai.grammars.compile_source", compile_once)
     for text in ("a", "a", "b", "a"):
         assert await grammars.compile(Source("regex", "regex", text)) == text
     assert [source.text for source in compiled] == ["a", "b"]
@@ -262,7 +262,7 @@ async def test_a_grammar_is_compiled_once(
 async def test_too_many_grammars_at_once_are_refused(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.openai.grammars._MAX_WAITING", 2)
+    monkeypatch.setattr("services.gateway.http.openai.grammars._MAX_WAITING", 2)
     sources = [Source("regex", "regex", f"a{number}") for number in range(4)]
     asked = (grammars.compile(source) for source in sources)
     found = await asyncio.gather(*asked, return_exceptions=True)
@@ -277,5 +277,5 @@ def test_options_of_the_server_outdo_those_in_a_schema() -> None:
 
 
 def test_grammars_need_no_torch() -> None:
-    code = "import sys, services.gateway.openai.grammars; sys.exit('torch' in sys.modules)"
+    code = "import sys, services.gateway.http.openai.grammars; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

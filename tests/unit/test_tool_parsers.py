@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.openai.tools.events import (
+from services.gateway.http.openai.tools.events import (
     CallArguments,
     CallStart,
     Content,
@@ -17,7 +17,7 @@ from services.gateway.openai.tools.events import (
     Parser,
     merged,
 )
-from services.gateway.openai.tools.formats import (
+from services.gateway.http.openai.tools.formats import (
     ARRAY,
     FORMATS,
     ForcedCall,

@@ -9,12 +9,12 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from kvbaton.errors import InvalidRequestError
-from services.gateway.openai.decoding import decode
-from services.gateway.openai.grammars import compile_source
-from services.gateway.openai.prompts import parse_messages
-from services.gateway.openai.schema import ChatRequest
-from services.gateway.openai.tools.heard import CallPiece, Piece
-from services.gateway.openai.tools.request import ToolUse, parse_tools, wanted_structure
+from services.gateway.http.openai.decoding import decode
+from services.gateway.http.openai.grammars import compile_source
+from services.gateway.http.openai.prompts import parse_messages
+from services.gateway.http.openai.schema import ChatRequest
+from services.gateway.http.openai.tools.heard import CallPiece, Piece
+from services.gateway.http.openai.tools.request import ToolUse, parse_tools, wanted_structure
 from tests.unit.gateway_fakes import DEMO, EOS
 
 

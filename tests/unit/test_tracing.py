@@ -16,9 +16,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from common.config import StartError
 from kvbaton.traceparent import read_traceparent, trace_id
-from services.gateway.explain import explain
-from services.gateway.stream import RequestStream
-from services.gateway.tracing import OtelSpans, load_spans
+from services.gateway.observe.explain import explain
+from services.gateway.observe.tracing import OtelSpans, load_spans
+from services.gateway.routing.stream import RequestStream
 from tests.unit.explanations import at, served
 
 NOW = 1_700_000_000.0

@@ -1,0 +1,58 @@
+"""A request and a worker as placement sees them. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from common.step_times import StepTimes
+from services.gateway.routing.estimates import GUESSED_BYTES_PER_S, Backlog
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request as placement sees it. Of its `num_tokens` the first `num_cached` are in the store;
+    `waited_s` since it came."""
+
+    num_tokens: int
+    num_cached: int = 0
+    token_bytes: int = 0
+    num_answer_tokens: int = 1
+    ttft_target_s: float = 0.0  # both 0.0: none
+    tpot_target_s: float = 0.0
+    waited_s: float = 0.0
+    session: tuple[str, ...] = ()  # names of the workers that served its session last
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A worker as placement sees it.
+
+    Counts are the larger of what the worker reported and what this gateway knows it has given it:
+    reports are late, and other gateways use the worker too.
+    """
+
+    name: str
+    num_sequences: int
+    max_num_seqs: int
+    num_context_tokens: int = 0  # of all its sequences
+    backlog: Backlog = field(default_factory=Backlog)
+    others_s: float = 0.0  # what it has to compute for other gateways
+    prompt_steps: StepTimes | None = None
+    token_steps: StepTimes | None = None
+    moves: bool = False  # it has memory of its own, where blocks must come to
+    bytes_per_s: float = 0.0
+    num_held: int = 0  # of the request's cached tokens, those that are there
+    tpot_limit_s: float = math.inf  # the strictest target of those that run there
+    num_placed: int = 0  # ever, by this gateway: turns among equals
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_sequences >= self.max_num_seqs
+
+    def transfer_s(self, num_tokens: int, token_bytes: int) -> float:
+        """How long the blocks of so many tokens take to get there, beside those it has."""
+        if not self.moves:
+            return 0.0
+        num_bytes = max(0, num_tokens - self.num_held) * token_bytes
+        return num_bytes / (self.bytes_per_s or GUESSED_BYTES_PER_S)

@@ -1,0 +1,252 @@
+"""Where a request is served: the store by its first block, prefill and decode worker by what each
+pair is expected to take. Pure.
+
+For each pair the first token is expected after what the worker has before it, the transfer of
+cached blocks that it has no copy of, and the computing of the rest; each later one after a step of
+the decode worker with this request in its batch. Of the pairs that meet the request's targets the
+one with the least work is taken, so that what is loaded is spared; if none does, or it has no
+targets, the one that serves it soonest and delays others least. A decode worker pairs with itself
+where it may compute the prompt too. (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
+al., 2025.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import nsmallest
+from typing import Generic, TypeVar
+
+from common.step_times import attended
+from services.gateway.routing.candidates import Candidate, Wanted
+from services.gateway.routing.decision import MAX_ALTERNATIVES, Decision, Option
+from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOKEN_STEPS, resolved
+
+_MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
+_EQUAL = 0.05  # two that differ by less take turns: predictions are no better
+_SESSION_BONUS = 0.1  # of the time, for each worker that the session knows
+
+
+C = TypeVar("C", bound=Candidate)
+W = TypeVar("W")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[C]):
+    """The pair to serve a request; `prefill` is `decode` where that one does both."""
+
+    prefill: C
+    decode: C
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class _FirstToken:
+    """What a first token is expected to wait for at one worker."""
+
+    queue_s: float
+    transfer_s: float
+    compute_s: float
+    delays_s: float  # of prompts behind it, in sum
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.transfer_s + self.compute_s
+
+
+@dataclass(frozen=True, slots=True)
+class _LaterTokens:
+    """What later ones take at a decode worker, to which the prompt's blocks come in `moved_s`."""
+
+    tpot_s: float
+    moved_s: float
+
+
+@dataclass(slots=True)
+class _Pair(Generic[C]):
+    prefill: C
+    decode: C
+    first: _FirstToken
+    later: _LaterTokens
+    meets: bool
+    rank: tuple[float, ...]  # the least is the best
+
+
+def choose_shard(first_block: Sequence[int], shards: Sequence[int]) -> int:
+    """The store shard for prompts that begin with this block: all of them meet there.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): when a shard is lost only its own prompts go
+    elsewhere, and they return with it. Every gateway chooses alike.
+    """
+    tokens = array("I", first_block).tobytes()
+
+    def weight(shard: int) -> bytes:
+        return hashlib.blake2b(tokens, digest_size=8, salt=shard.to_bytes(8, "little")).digest()
+
+    return max(shards, key=weight)
+
+
+def choose(
+    wanted: Wanted,
+    prefills: Sequence[C],
+    decodes: Sequence[C],
+    now: float,
+    *,
+    max_local_tokens: int | None,
+) -> Choice[C]:
+    """The best pair of workers. A decode worker may compute up to `max_local_tokens` of a prompt
+    itself; with None it computes any, as it does where there are no prefill workers."""
+    judge = _Judge(wanted, prefills, decodes, now)
+    pairs = list(judge.pairs(max_local_tokens))
+    best, *others = nsmallest(MAX_ALTERNATIVES + 1, pairs, key=lambda pair: pair.rank)
+    decision = Decision(
+        chosen=_option(wanted, best),
+        reason=_reason(wanted, best, pairs),
+        num_considered=len(pairs),
+        alternatives=tuple(_option(wanted, pair) for pair in others),
+    )
+    return Choice(best.prefill, best.decode, decision)
+
+
+class _Judge(Generic[C]):
+    """What each pair is expected to take for one request."""
+
+    def __init__(
+        self, wanted: Wanted, prefills: Sequence[C], decodes: Sequence[C], now: float
+    ) -> None:
+        self._wanted = wanted
+        self._now = now
+        self._ttft_limit_s = wanted.ttft_target_s or math.inf
+        self._tpot_limit_s = wanted.tpot_target_s or math.inf
+        self._has_targets = bool(wanted.ttft_target_s or wanted.tpot_target_s)
+        self._prompt_steps = [each.prompt_steps for each in (*prefills, *decodes)]
+        self._token_steps = [each.token_steps for each in decodes]
+        firsts = [(each, self._first_token(each)) for each in prefills]
+        laters = [(each, self._later_tokens(each)) for each in decodes]
+        self._prefills = _best(firsts, lambda pair: pair[1].total_s)
+        self._decodes = _best(laters, lambda pair: (pair[0].is_full, pair[1].tpot_s))
+
+    def pairs(self, max_local_tokens: int | None) -> Iterator[_Pair[C]]:
+        """All that are worth considering; at least one."""
+        for prefill, first in self._prefills:
+            for decode, later in self._decodes:
+                yield self._pair(prefill, decode, first, later)
+        soonest_s = min((first.total_s for _, first in self._prefills), default=math.inf)
+        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
+        if max_local_tokens is None or num_tokens <= max_local_tokens:
+            for decode, later in self._decodes:
+                local = self._first_token(decode)
+                if max_local_tokens is not None:
+                    local = _between_tokens(decode, local, later)
+                if max_local_tokens is None or _may(decode, local, later, soonest_s):
+                    yield self._pair(decode, decode, local, replace(later, moved_s=0.0))
+
+    def _first_token(self, worker: C) -> _FirstToken:
+        wanted = self._wanted
+        times = resolved(worker.prompt_steps, self._prompt_steps, GUESSED_PROMPT_STEPS)
+        num_tokens = wanted.num_tokens - wanted.num_cached
+        compute_s = times.prompt_s(num_tokens, attended(num_tokens, wanted.num_cached))
+        ahead_s, num_behind = worker.backlog.ahead_s(times, num_tokens, compute_s, self._now)
+        return _FirstToken(
+            queue_s=ahead_s + worker.others_s,
+            transfer_s=worker.transfer_s(wanted.num_cached, wanted.token_bytes),
+            compute_s=compute_s,
+            delays_s=num_behind * compute_s,
+        )
+
+    def _later_tokens(self, decode: C) -> _LaterTokens:
+        wanted = self._wanted
+        times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
+        num_sequences = min(decode.num_sequences + 1, decode.max_num_seqs)
+        return _LaterTokens(
+            tpot_s=times.step_s(num_sequences, decode.num_context_tokens + wanted.num_tokens),
+            moved_s=decode.transfer_s(wanted.num_tokens, wanted.token_bytes),
+        )
+
+    def _pair(self, prefill: C, decode: C, first: _FirstToken, later: _LaterTokens) -> _Pair[C]:
+        wanted = self._wanted
+        ttft_s, answer_s = first.total_s, later.tpot_s * wanted.num_answer_tokens
+        meets = (
+            not decode.is_full
+            and wanted.waited_s + ttft_s <= self._ttft_limit_s
+            and later.tpot_s <= self._tpot_limit_s
+        )
+        if meets and self._has_targets:
+            score_s = first.transfer_s + first.compute_s + later.moved_s + answer_s
+        else:  # decode fetches what is computed while the rest is
+            score_s = ttft_s + max(0.0, later.moved_s - first.compute_s) + answer_s + first.delays_s
+        if wanted.session:
+            score_s *= 1 - _SESSION_BONUS * len({prefill.name, decode.name} & set(wanted.session))
+        turn = (prefill.num_placed, decode.num_placed)
+        rank = (decode.is_full, not meets, _rough(score_s), *turn)
+        return _Pair(prefill, decode, first, later, meets, rank)
+
+
+def _between_tokens(decode: C, first: _FirstToken, later: _LaterTokens) -> _FirstToken:
+    """A prompt that is computed in the steps that give others their tokens: it waits for the
+    running one to end."""
+    running_s = later.tpot_s if decode.num_sequences else 0.0
+    return replace(
+        first, queue_s=first.queue_s + running_s / 2, compute_s=first.compute_s + running_s
+    )
+
+
+def _may(decode: C, local: _FirstToken, later: _LaterTokens, soonest_s: float) -> bool:
+    """Whether the prompt's first token comes sooner than by a prefill worker, and those that run
+    here keep to their targets or, without any, lose less by it than the request gains."""
+    gain_s = soonest_s - local.total_s
+    if gain_s <= _EQUAL * soonest_s or decode.is_full:
+        return False
+    if decode.num_sequences == 0:
+        return True
+    if math.isfinite(decode.tpot_limit_s):
+        return local.compute_s <= decode.tpot_limit_s
+    return decode.num_sequences * (local.compute_s - later.tpot_s) <= gain_s
+
+
+def _option(wanted: Wanted, pair: _Pair[C]) -> Option:
+    return Option(
+        prefill=pair.prefill.name,
+        decode=pair.decode.name,
+        line_ms=wanted.waited_s * 1000,
+        queue_ms=pair.first.queue_s * 1000,
+        transfer_ms=pair.first.transfer_s * 1000,
+        compute_ms=pair.first.compute_s * 1000,
+        tpot_ms=pair.later.tpot_s * 1000,
+        num_cached_tokens=wanted.num_cached,
+        meets_targets=pair.meets,
+    )
+
+
+def _best(workers: Sequence[W], key: Callable[[W], float | tuple[bool, float]]) -> Sequence[W]:
+    return nsmallest(_MOST_OF_A_ROLE, workers, key=key)
+
+
+def _rough(seconds: float) -> int:
+    """Equal for two times that differ by little."""
+    return round(math.log(max(seconds, 1e-6)) / _EQUAL)
+
+
+def _reason(wanted: Wanted, best: _Pair[C], pairs: Sequence[_Pair[C]]) -> str:
+    """Why this pair was chosen, for people."""
+    others = [pair.first.total_s for pair in pairs if pair.prefill is not pair.decode]
+    if best.decode.is_full:
+        why = "every decode worker is full"
+    elif best.prefill is best.decode and others:
+        gain_ms = (min(others) - best.first.total_s) * 1000
+        num_tokens = wanted.num_tokens - wanted.num_cached
+        why = f"it computes the {num_tokens} uncached tokens itself, {gain_ms:.1f} ms sooner"
+    elif len(pairs) == 1:
+        why = "there is no other"
+    elif not (wanted.ttft_target_s or wanted.tpot_target_s):
+        why = "it is expected to serve the request soonest"
+    elif best.meets:
+        why = "it meets the targets with the least work"
+    else:
+        why = "none meets the targets, and it comes closest"
+    if {best.prefill.name, best.decode.name} & set(wanted.session):
+        why += "; its session was there before"
+    return why
