@@ -39,7 +39,7 @@ def a_successor_goes_on_from_a_corrupt_block() -> Any:
     return replaced(Handoff, "_num_same", num_same)
 
 
-@bug(2)
+@bug(31)
 def a_drained_worker_hands_on_a_block_that_has_not_arrived() -> Any:
     """Its successor goes on from the bytes that were there before."""
 

@@ -7,6 +7,7 @@ import contextlib
 import math
 
 from common.seams import Clock
+from common.service import first_of
 from common.step_times import attended, due_at
 from kvbaton.errors import OverloadedError, UnavailableError
 from services.gateway.routing.assignment import Place
@@ -100,10 +101,10 @@ class Placer:
             due_at=received_at + target_s if target_s else due_at(received_at, takes_s),
         )
         try:
-            await turn
+            await first_of(turn)  # awaiting it itself would cancel it while it is in the line
         except asyncio.CancelledError:
             self.line.remove(turn)
-            if turn.done() and not turn.cancelled():
+            if turn.done():
                 self.let_in()  # it was our turn, and we do not take it
             raise
 
