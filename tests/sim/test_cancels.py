@@ -232,7 +232,7 @@ async def cancel_many(
 # heartbeat may be under way.
 _BOUNDED = (
     "pool", "_pool", "history", "_history", "_index", "_cost", "_shown", "_no_room", "_held",
-    "_stamps", "_over", "_calls",
+    "_stamps", "_over", "_calls", "_recent", "_kept", "_holders",
 )  # fmt: skip
 
 
