@@ -18,7 +18,7 @@ from tests.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.security.http_keys import client_of, entry, face_with_keys
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
 
-FOLDER = Path(__file__).parents[2] / "services" / "gateway" / "page"
+FOLDER = Path(__file__).parents[2] / "services" / "gateway" / "http" / "page"
 KEYS = (entry("alice"), entry("root", operator=True))
 STATE = State(
     gateway="gateway.7",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvbaton.errors import InvalidRequestError
+from kvbaton.protocol import Generate
 from kvbaton.request import RequestOptions
 from kvbaton.sampling import MAX_STOP_TOKEN_IDS, SamplingParams, check_sampling
 
@@ -71,6 +72,8 @@ def test_min_tokens_must_not_exceed_max_tokens() -> None:
         check_sampling(SamplingParams(min_tokens=6, max_tokens=5))
 
 
-def test_the_client_takes_exactly_these_parameters_as_options() -> None:
-    prompt = {"token_ids", "messages", "model", "stop", "deadline_s", "cache_salt"}
-    assert set(RequestOptions.__annotations__) - prompt == set(SamplingParams.__struct_fields__)
+def test_the_client_takes_as_options_exactly_what_a_request_can_say() -> None:
+    of_request = {*Generate.__struct_fields__, "deadline_s"}
+    of_request -= {"id", "text", "sampling", "deadline_ms", "resumable", "resume"}
+    of_sampling = {*SamplingParams.__struct_fields__} - {"grammar"}  # made of structured_outputs
+    assert set(RequestOptions.__annotations__) == of_request | of_sampling
