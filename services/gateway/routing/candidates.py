@@ -50,6 +50,11 @@ class Candidate:
     def is_full(self) -> bool:
         return self.num_sequences >= self.max_num_seqs
 
+    @property
+    def crowding(self) -> float:
+        """0.0 while it has a place, else how many it has for each: the line at its door."""
+        return self.num_sequences / self.max_num_seqs if self.is_full else 0.0
+
     def transfer_s(self, num_tokens: int, token_bytes: int) -> float:
         """How long the blocks of so many tokens take to get there, beside those it has."""
         if not self.moves:

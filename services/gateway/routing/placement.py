@@ -181,7 +181,7 @@ class _Judge(Generic[C]):
         if wanted.session:
             score_s *= 1 - _SESSION_BONUS * len({prefill.name, decode.name} & set(wanted.session))
         turn = (prefill.num_placed, decode.num_placed)
-        rank = (decode.is_full, not meets, _rough(score_s), *turn)
+        rank = (decode.crowding, not meets, _rough(score_s), *turn)
         return _Pair(prefill, decode, first, later, meets, rank)
 
 
