@@ -16,7 +16,7 @@ BUDGETS_S = {
     "unit": 360,
     "wire": 30,
     "net": 240,
-    "sim": 540,
+    "sim": 720,
     "cluster": 600,
     "security": 150,
     "packaging": 120,
