@@ -8,7 +8,7 @@ import msgspec
 
 from common.kv.hashing import KEY_BYTES
 from common.kv.layout import KvLayout
-from common.messages.counts import WorkerCounts
+from common.messages.counts import Total, WorkerCounts
 from common.step_times import Amount, StepTimes
 from kvbaton.admin import MAX_ID_CHARS
 from kvbaton.errors import KvbatonError
@@ -54,7 +54,8 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     take about `queued_s`. `num_context_tokens`: positions that one token of each running sequence
     attends to. `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those
     that do not. `pulled_bytes_per_s`: how fast blocks come from the store, where they must.
-    `is_draining`: it ends what it has, or hands it on, and takes nothing new."""
+    `is_draining`: it ends what it has, or hands it on, and takes nothing new. `num_steps`: that it
+    has run; of two reports, which come by different ways, the one with fewer is the older."""
 
     num_running: Count = 0
     num_waiting: Count = 0
@@ -66,6 +67,7 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     token_steps: StepTimes | None = None
     pulled_bytes_per_s: Amount = 0.0
     is_draining: bool = False
+    num_steps: Total = 0
 
 
 class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

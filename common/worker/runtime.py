@@ -345,6 +345,11 @@ class WorkerRuntime:
     # ---- steps --------------------------------------------------------------------------------
 
     @property
+    def num_steps(self) -> int:
+        """That were run since the start."""
+        return self._counts.num_steps
+
+    @property
     def tokens_per_s(self) -> float:
         """How fast the engine computes; 0 before its first step."""
         return self._steps.tokens_per_s if self._steps else 0.0

@@ -19,10 +19,6 @@ class Places:
         self._line: deque[str] = deque()
 
     @property
-    def num_taken(self) -> int:
-        return len(self._taken)
-
-    @property
     def num_waiting(self) -> int:
         return len(self._line)
 

@@ -71,9 +71,12 @@ class DecodeRole:
 
     def load(self) -> Load:
         fits, prompts = self._runtime.step_fits, self._scheduler.prompts()
+        # Those that the step has just finished still have their places, but not for long.
+        staying = [each.handoff_id for each in self._sequences.values() if not each.is_over]
+        num_running = sum(map(self._places.is_taken, staying))
         return Load(
-            num_running=self._places.num_taken,
-            num_waiting=len(self._sequences) - self._places.num_taken,
+            num_running=num_running,
+            num_waiting=len(staying) - num_running,
             num_tokens_queued=sum(seq.num_uncomputed for seq in prompts),
             queued_s=fits.queued_s(prompts),
             num_context_tokens=self._scheduler.num_context_tokens(),
@@ -82,6 +85,7 @@ class DecodeRole:
             token_steps=fits.tokens,
             pulled_bytes_per_s=self._runtime.pull_rate.bytes_per_s,
             is_draining=self._runtime.is_draining,
+            num_steps=self._runtime.num_steps,
         )
 
     def sequences(self) -> list[Sequence]:

@@ -42,6 +42,7 @@ class PrefillRole:
             prompt_steps=fits.prompts,
             pulled_bytes_per_s=self._runtime.pull_rate.bytes_per_s,
             is_draining=self._runtime.is_draining,
+            num_steps=self._runtime.num_steps,
         )
 
     def sequences(self) -> list[Sequence]:

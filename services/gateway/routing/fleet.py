@@ -195,7 +195,7 @@ class Fleet:
             except TransportError as error:
                 log.error("worker_unreachable", name=member.name, reason=str(error))
                 continue
-            worker.member_ids[store.index] = member.member_id
+            worker.joined(store, member.member_id)
             worker.report(member.load, self._seams.clock.now())
             counts = member.counts
             if counts is not None and counts.num_steps >= worker.counts.num_steps:

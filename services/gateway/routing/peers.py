@@ -41,8 +41,15 @@ class Worker:
     is_lost: bool = False  # the connection ended, and has not come back yet
 
     def report(self, load: Load, now: float) -> None:
-        """It has said how busy it is."""
-        self.load, self.reported_at = load, now
+        """It has said how busy it is, to us or, perhaps before that, to a store."""
+        if load.num_steps >= self.load.num_steps:
+            self.load, self.reported_at = load, now
+
+    def joined(self, store: Store, member_id: str) -> None:
+        """A store lists it by this id. A new one may be a new process's, which counts anew."""
+        if self.member_ids.get(store.index) != member_id:
+            self.load, self.counts = Load(), WorkerCounts()
+        self.member_ids[store.index] = member_id
 
     def moves(self, store: Store) -> bool:
         """Whether blocks must come to it from the store."""
