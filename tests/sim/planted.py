@@ -245,7 +245,7 @@ def aborted_prompts_are_not_given_up_by_a_worker_that_never_got_them() -> Any:
 # ---- connections --------------------------------------------------------------------------------
 
 
-@bug(18)
+@bug(36)
 def repeated_messages_are_handled_twice() -> Any:
     take = Incoming.take
 

@@ -71,7 +71,7 @@ def the_journal_says_that_granted_blocks_are_free() -> Any:
     return replaced(Journal, "write", forgetful)
 
 
-@bug(0)
+@bug(16)
 def a_gateway_begins_anew_what_it_should_go_on_with() -> Any:
     """A resumed stream sends again what its client has."""
     init = RequestStream.__init__
@@ -83,7 +83,7 @@ def a_gateway_begins_anew_what_it_should_go_on_with() -> Any:
     return replaced(RequestStream, "__init__", forgetful)
 
 
-@bug(Live(1))
+@bug(Live(0))
 def who_waits_for_a_worker_is_not_told_when_one_comes() -> Any:
     """With one process of a role, its death fails all requests."""
 
