@@ -62,7 +62,6 @@ def job(n: int) -> Job:
         drops_output=False,
         charge=Charge(Quota(Limits(), 0), 0),
         rng=FakeRng(),
-        received_at=0.0,
     )
 
 

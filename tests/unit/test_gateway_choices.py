@@ -41,7 +41,6 @@ def job(num_prompts: int, n: int, best_of: int | None = None, **sampling: Any) -
         drops_output=False,
         charge=Charge(Quota(Limits(), 0), 0),
         rng=FakeRng(),
-        received_at=0.0,
     )
 
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
 import msgspec
 
 from kvbaton.conversation import FunctionCall, ToolCall
-from kvbaton.errors import KvbatonError
 from kvbaton.protocol import FinishedChoice, Usage
 from services.gateway.backend import PromptToken, TokenStream
-from services.gateway.clients.merged import Merged
 from services.gateway.clients.plan import Means, Plan
 from services.gateway.clients.resumption import take_in
-from services.gateway.text.generation import Generation, TextOutput, TextToken
-
-
-def prompt_logprobs(stream: TokenStream, prompt: Sequence[int]) -> list[PromptToken]:
-    """Those of a stream that was asked for them and has given a token."""
-    if len(stream.prompt_logprobs) != len(prompt) - 1:
-        raise KvbatonError("the worker sent no log probabilities of the prompt")
-    return stream.prompt_logprobs
+from services.gateway.text.generation import Generation, TextOutput, TextToken, prompt_logprobs
+from services.gateway.text.merged import Merged
 
 
 class Choice:

@@ -28,7 +28,6 @@ from kvbaton.questions import (
 )
 from kvbaton.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from services.gateway.backend import GenerationRequest
-from services.gateway.clients.choices import prompt_logprobs
 from services.gateway.clients.fields import check_deadline, check_given, http_fields
 from services.gateway.clients.plan import Means
 from services.gateway.clients.request import prompt_parts
@@ -44,6 +43,7 @@ from services.gateway.text.generation import (
     check_cache_salt,
     check_prompt,
     check_token_ids,
+    prompt_logprobs,
     tokenize,
 )
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from kvbaton.errors import InvalidRequestError, KvbatonError
 from kvbaton.protocol import MAX_CACHE_SALT_CHARS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from kvbaton.sampling import MAX_BAD_WORDS
-from services.gateway.backend import TokenEvent, TokenStream
+from services.gateway.backend import PromptToken, TokenEvent, TokenStream
 from services.gateway.text.detokenizer import Detokenizer, StopStrings
 
 # About a millisecond of tokenizing: above it the event loop is not kept waiting.
@@ -118,6 +118,13 @@ class Generation:
     def cancel(self) -> None:
         """Free what the request holds. Idempotent; not needed after the last token."""
         self.stream.cancel()
+
+
+def prompt_logprobs(stream: TokenStream, prompt: Sequence[int]) -> list[PromptToken]:
+    """Those of a stream that was asked for them and has given a token."""
+    if len(stream.prompt_logprobs) != len(prompt) - 1:
+        raise KvbatonError("the worker sent no log probabilities of the prompt")
+    return stream.prompt_logprobs
 
 
 def check_stop(stop: Sequence[str]) -> None:

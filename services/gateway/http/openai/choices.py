@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +9,13 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from common.seams import Clock, Rng
-from kvbaton.errors import KvbatonError
 from kvbaton.explanation import Explanation
 from services.gateway.access.quotas import Charge
 from services.gateway.backend import Backend, GenerationRequest, PromptToken, Timeline
 from services.gateway.observe.explain import explain
-from services.gateway.text.generation import Generation, TextOutput, TextToken
+from services.gateway.text.generation import Generation, TextOutput, TextToken, prompt_logprobs
+from services.gateway.text.merged import Merged
 from services.gateway.text.model import TextModel
-
-_MAX_QUEUED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,6 @@ class Job:
     drops_output: bool
     charge: Charge
     rng: Rng  # where seeds come from that the client did not give
-    received_at: float
     is_explained: bool = False
 
 
@@ -79,10 +75,7 @@ class Choices:
         self._clock = clock
         self._seeds = [self._seed() for _ in job.prompts]
         self._generations: dict[int, Generation] = {}
-        self._queue: asyncio.Queue[tuple[int, TextToken] | Exception] = asyncio.Queue(
-            _MAX_QUEUED_TOKENS
-        )
-        self._pumps: list[asyncio.Task[None]] = []
+        self._merged = Merged(len(self))
         try:
             for index in range(0, len(self), job.best_of):
                 self._submit(index)
@@ -90,7 +83,9 @@ class Choices:
             self._cancel()
             job.charge.settle(0)
             raise
-        self._num_running = len(self)
+        if len(self) > 1:
+            for index, generation in self._generations.items():
+                self._merged.add(index, generation)
 
     def __len__(self) -> int:
         return len(self.job.prompts) * self.job.best_of
@@ -131,37 +126,13 @@ class Choices:
         return self
 
     async def __anext__(self) -> tuple[int, TextToken]:
-        if self._num_running == 0:
-            raise StopAsyncIteration
         if len(self) == 1:
-            item = 0, await anext(self._generations[0])
-        else:
-            item = await self._next_of_many()
-        self._num_running -= item[1].finish_reason is not None
-        return item
-
-    async def _next_of_many(self) -> tuple[int, TextToken]:
-        if not self._pumps:
-            for index, generation in self._generations.items():
-                self._start_pump(index, generation)
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def _start_pump(self, index: int, generation: Generation) -> None:
-        pump = asyncio.create_task(self._pump(index, generation), name=f"choice-{index}")
-        self._pumps.append(pump)
-
-    async def _pump(self, index: int, generation: Generation) -> None:
-        try:
-            async for token in generation:
-                if token.index == 0 and index % self.job.best_of == 0:
-                    for other in range(index + 1, index + self.job.best_of):
-                        self._start_pump(other, self._submit(other))
-                await self._queue.put((index, token))
-        except Exception as error:  # raised again by whoever reads the queue
-            await self._queue.put(error)
+            return 0, await anext(self._generations[0])
+        index, token = await anext(self._merged)
+        if token.index == 0 and index % self.job.best_of == 0:
+            for other in range(index + 1, index + self.job.best_of):
+                self._merged.add(other, self._submit(other))
+        return index, token
 
     def explanations(self) -> list[Explanation]:
         """Of each choice, once it has its last token."""
@@ -170,10 +141,8 @@ class Choices:
 
     def prompt_logprobs(self, prompt: int) -> list[PromptToken]:
         """Those of one prompt, once its first choice has a token. They must have been asked for."""
-        found = self._generations[prompt * self.job.best_of].stream.prompt_logprobs
-        if len(found) != len(self.job.prompts[prompt]) - 1:
-            raise KvbatonError("the worker sent no log probabilities of the prompt")
-        return found
+        stream = self._generations[prompt * self.job.best_of].stream
+        return prompt_logprobs(stream, self.job.prompts[prompt])
 
     @property
     def timeline(self) -> Timeline:
@@ -193,9 +162,7 @@ class Choices:
     async def close(self) -> None:
         """Cancel what still runs."""
         self._cancel()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self._merged.close()
         self.job.charge.settle(self.usage().total_tokens)
 
     def _cancel(self) -> None:

@@ -221,7 +221,6 @@ class Intake:
             is_explained=bool(fields.explain),
             charge=self._charge(caller, prompts, best_of, sampling),
             rng=rng,
-            received_at=received_at,
         )
 
     def _request_id(self, request: Request, fields: GenerationFields) -> str:
