@@ -18,23 +18,22 @@ from kvbaton.errors import (
 from kvbaton.protocol import Cancel, Error
 from kvbaton.questions import Counted, Prompt, PromptToken, Score, Scored, Stats
 from tests.net.gateways import PATIENCE_S, RawClient, raw_client, running_face, scripted_gateway
-from tests.net.test_client_questions import logprobs, scoring
-from tests.net.test_resume import SHORT_S, crash
-from tests.unit.gateway_fakes import FakeBackend, RefusedError
+from tests.net.test_client_questions import logprobs
+from tests.net.test_resume import SHORT_S, crash, two_faces
+from tests.unit.gateway_fakes import FakeBackend, RefusedError, events
 
 
 async def test_a_question_is_asked_again_where_a_gateway_is_lost() -> None:
-    stalled, ready = FakeBackend(), scoring()
-    async with running_face(stalled) as first, running_face(ready) as second:
-        client = AsyncClient([first.endpoint, second.endpoint])
-        await client.connect()
-        asking = [asyncio.ensure_future(client.score([text])) for text in ("one", "two")]
+    stalls = iter([True])
+    backend = FakeBackend(lambda _: () if next(stalls, False) else events([5]))
+    async with two_faces(backend) as (client, faces):
+        asking = asyncio.ensure_future(client.score(["one"]))
         async with asyncio.timeout(PATIENCE_S):
-            await stalled.submitted()
-            crash([first])
-            scores = await asyncio.gather(*asking)
-        assert [logprobs(score)[1] for (score,) in scores] == [-1.0, -1.0]
-        await client.close()
+            await backend.submitted()
+            crash(faces)
+            (score,) = await asking
+        assert logprobs(score)[1] == -1.0
+        assert len(backend.requests) == 2
 
 
 async def test_what_was_told_before_the_loss_is_told_again_from_the_beginning() -> None:
