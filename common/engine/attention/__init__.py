@@ -1,4 +1,4 @@
-"""Attention backends by name, each with the element-wise layers that go with it.
+"""Attention backends by name, and the model and the element-wise layers that go with each.
 
 Each is imported only when it is asked for.
 """
@@ -10,10 +10,44 @@ import ctypes
 import torch
 
 from common.engine.attention.base import AttentionBackend, AttentionShape
-from common.engine.config import ModelError
+from common.engine.config import ModelConfig, ModelError
 from common.engine.layers import Layers, TorchLayers
+from common.engine.model import Forward, Model
+from common.engine.weights import Checkpoint
 
 BACKENDS = ("auto", "native", "torch", "xformers")
+
+
+def make_model(
+    name: str,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    max_model_len: int,
+    block_size: int,
+    *,
+    batch_invariant: bool,
+) -> Forward:
+    """The model that attends with the backend `name`: see make_backend."""
+    library = _library(name)
+    if library is not None:
+        from common.engine.native.model import NativeModel
+
+        return NativeModel(
+            config, checkpoint, dtype, max_model_len, library, batch_invariant=batch_invariant
+        )
+    shape = AttentionShape(
+        config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
+    )
+    return Model(
+        config,
+        checkpoint,
+        dtype,
+        max_model_len,
+        make_layers(name, config.rms_norm_eps, fixed_order=batch_invariant),
+        make_backend(name, shape, fixed_order=batch_invariant),
+        batch_invariant=batch_invariant,
+    )
 
 
 def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> AttentionBackend:
@@ -30,7 +64,7 @@ def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> Atte
     if library is not None:
         from common.engine.attention.native import NativeAttention
 
-        return NativeAttention(shape, library)
+        return NativeAttention(shape, library, fixed_order=fixed_order)
     if name not in ("auto", "torch"):
         raise ModelError(f"attention {name!r} is not available here; there are {BACKENDS}")
     from common.engine.attention.cpu import CpuAttention
