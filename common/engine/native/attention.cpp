@@ -272,8 +272,8 @@ std::vector<Item> items_of(const Problem& p) {
 template <typename T>
 void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
     const std::vector<Item> items = items_of(p);
-    thread_local Tile<Operand<T>> tile;  // keep their memory
-    thread_local PanelTile<T> panels;
+    auto& tile = own<Tile<Operand<T>>>();
+    auto& panels = own<PanelTile<T>>();
     const int groups = p.num_heads / p.num_kv_heads;
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < items.size(); index++) {

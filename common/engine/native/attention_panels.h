@@ -4,14 +4,18 @@
 
 #include <vector>
 
+#include "own.h"
 #include "product.h"
 #include "spans.h"
 
 constexpr int PANEL_ROWS = 192;  // of a tile, so that packing is a small part
-
-// Keys as a matrix [SPAN, dim] whose products are scores. bfloat16 pairs and floats are both 4 bytes.
+constexpr int PANEL_SPAN = 4 * SPAN;
 template <typename T>
-void pack_keys(const Rows<T>& at, int dim, T* panels) {
+using PanelRows = Rows<T, PANEL_SPAN>;
+
+// Keys as a matrix [PANEL_SPAN, dim] whose products are scores. bfloat16 pairs and floats are both 4 bytes.
+template <typename T>
+void pack_keys(const PanelRows<T>& at, int dim, T* panels) {
     const int units = dim / DEPTH<T>;
     const auto out = reinterpret_cast<uint32_t*>(panels);
     for (int s = 0; s < at.count; s++) {
@@ -20,7 +24,7 @@ void pack_keys(const Rows<T>& at, int dim, T* panels) {
     }
 }
 
-// Values as a matrix [dim, SPAN] whose products are weighted sums; positions past the end count 0.
+// Values as a matrix [dim, PANEL_SPAN] whose products are weighted sums; positions past the end count 0.
 inline void pack_position(const float* const* values, int, int dim, float* out, int64_t panel_size) {
     for (int d = 0; d < dim; d += PANEL)
         std::memcpy(out + d / PANEL * panel_size, values[0] + d, std::min(PANEL, dim - d) * sizeof(float));
@@ -37,8 +41,8 @@ inline void pack_position(const BFloat16* const* values, int left, int dim, BFlo
     }
 }
 template <typename T>
-void pack_values(const Rows<T>& at, int dim, T* panels) {
-    constexpr int64_t panel_size = SPAN * PANEL;
+void pack_values(const PanelRows<T>& at, int dim, T* panels) {
+    constexpr int64_t panel_size = PANEL_SPAN * PANEL;
     for (int s = 0; s < at.count; s += DEPTH<T>)
         pack_position(at.values + s, at.count - s, dim, panels + s * PANEL, panel_size);
 }
@@ -53,24 +57,30 @@ class PanelTile {
         const auto of_row = [&](int r, int64_t stride) {
             return (row + r / groups) * stride + int64_t(kv_head * groups + r % groups) * dim;
         };
-        for (int r = 0; r < rows; r++)
-            for (int d = 0; d < dim; d++)
-                convert(queries[of_row(r, p.query_stride) + d], &operands[r * query_width + d]);
+        for (int r = 0; r < rows; r++) {
+            const T* query = queries + of_row(r, p.query_stride);
+            Operand<T>* line = &operands[r * query_width];
+            for (int d = 0; d < dim; d += LANES)
+                store_some(line + d, load_some(query + d, dim - d), dim - d);
+        }
         const int64_t position = p.starts[sequence] + first_query, end = position + num_queries;
         const int64_t lowest = p.window && position >= p.window ? position - p.window + 1 : 0;
         const int32_t* table = p.tables + sequence * p.table_stride;
         const T* head = keys + int64_t(kv_head) * p.block_size * dim;
-        Rows<T> at;
-        for (int64_t begin = lowest / SPAN * SPAN; begin < end; begin += SPAN) {
+        PanelRows<T> at;
+        for (int64_t begin = lowest / PANEL_SPAN * PANEL_SPAN; begin < end; begin += PANEL_SPAN) {
             find_rows(p, table, head, begin, end, &at);
             pack_keys(at, dim, key_panels.data());
             pack_values(at, dim, value_panels.data());
             for (int first = 0; first < rows; first += TILE_ROWS)
                 span(first, std::min(TILE_ROWS, rows - first), begin, position, p.window);
         }
-        for (int r = 0; r < rows; r++)
-            for (int d = 0; d < dim; d++)
-                convert(sums[r * sum_width + d] / total[r], out + of_row(r, p.out_stride) + d);
+        for (int r = 0; r < rows; r++) {
+            T* target = out + of_row(r, p.out_stride);
+            const float* line = &sums[r * sum_width];
+            for (int d = 0; d < dim; d += LANES)
+                store_some(target + d, load(line + d) / total[r], dim - d);
+        }
     }
 
   private:
@@ -84,13 +94,13 @@ class PanelTile {
     void start(const Problem& p, int num_queries) {
         groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;
         scale = p.scale * LOG2_E;
-        query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(SPAN);
+        query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(PANEL_SPAN);
         sum_width = (dim + PANEL - 1) / PANEL * PANEL;
         operands.resize(rows * query_width);
-        weights.resize(rows * weight_width);
-        key_panels.resize(size_t(SPAN) * dim);
-        value_panels.assign(size_t(SPAN) * sum_width, T{});
-        scores.resize(size_t(rows) * SPAN);
+        weights.resize(TILE_ROWS * weight_width);
+        key_panels.resize(size_t(PANEL_SPAN) * dim);
+        value_panels.assign(size_t(PANEL_SPAN) * sum_width, T{});
+        scores.resize(TILE_ROWS * PANEL_SPAN);
         sums.assign(size_t(rows) * sum_width, 0.0f);
         top.assign(rows, UNSEEN);
         total.assign(rows, 0.0f);
@@ -100,20 +110,20 @@ class PanelTile {
     // `count` rows from `first` on and the span from `begin` on, of which later positions are unseen.
     void span(int first, int count, int64_t begin, int64_t position, int window) {
         const int64_t last = position + (first + count - 1) / groups + 1 - begin;
-        const int seen = int(std::min<int64_t>(last, SPAN));
+        const int seen = int(std::min<int64_t>(last, PANEL_SPAN));
         if (seen <= 0) return;
         const int64_t steps = dim / DEPTH<T>;
         for (int s = 0; s < seen; s += PANEL)
             sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
-                        nearby(), 0, &scores[first * SPAN + s], SPAN);
+                        nearby(), 0, &scores[s], PANEL_SPAN);
         for (int r = first; r < first + count; r++) {
             const int64_t end_seen = position + r / groups + 1;
-            soften(r, begin, window ? end_seen - window : 0, end_seen);
+            soften(r, r - first, seen, begin, window ? end_seen - window : 0, end_seen);
         }
         const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
         alignas(64) float part[TILE_ROWS * PANEL];
         for (int d = 0; d < sum_width; d += PANEL) {
-            sum_rows<T>(count, &weights[first * weight_width], weight_width, &value_panels[d * SPAN],
+            sum_rows<T>(count, weights.data(), weight_width, &value_panels[d * PANEL_SPAN],
                         value_steps, nearby(), 0, part);
             for (int r = 0; r < count; r++)
                 for (int i = 0; i < PANEL; i += WIDE) {
@@ -125,34 +135,37 @@ class PanelTile {
 
     const char* nearby() const { return reinterpret_cast<const char*>(key_panels.data()); }
 
-    // Scores of one span become weights; the running maximum and total move on.
-    void soften(int row, int64_t begin, int64_t first_seen, int64_t end_seen) {
-        constexpr int parts = SPAN / WIDE;
-        const float* line = &scores[size_t(row) * SPAN];
+    // Line `at` of scores becomes weights of `row`, 0 up to `seen` where it sees nothing; the running
+    // maximum and total move on.
+    void soften(int row, int at_line, int seen, int64_t begin, int64_t first_seen, int64_t end_seen) {
+        float* line = &scores[at_line * PANEL_SPAN];
         const int low = int(std::max<int64_t>(first_seen - begin, 0));
-        const int high = int(std::min<int64_t>(end_seen - begin, SPAN));
-        WideInt lanes, seen[parts];
+        const int high = int(std::min<int64_t>(end_seen - begin, PANEL_SPAN));
+        WideInt lanes;
         for (int i = 0; i < WIDE; i++) lanes[i] = i;
-        WideVec scaled[parts], tops = WideVec{} + top[row], sum = {};
-        for (int v = 0; v < parts; v++) {
-            const WideInt at = lanes + v * WIDE;
-            seen[v] = (at >= low) & (at < high);
-            scaled[v] = seen[v] ? load_wide(line + v * WIDE) * scale : WideVec{} + UNSEEN;
-            tops = scaled[v] > tops ? scaled[v] : tops;
+        WideVec tops = WideVec{} + top[row], sum = {};
+        for (int s = 0; s < high; s += WIDE) {
+            WideVec scaled = load_wide(line + s) * scale;
+            if (s < low || s + WIDE > high) {
+                const WideInt at = lanes + s;
+                scaled = (at >= low) & (at < high) ? scaled : WideVec{} + UNSEEN;
+            }
+            store_wide(line + s, scaled);
+            tops = scaled > tops ? scaled : tops;
         }
-        float above = tops[0];
-        for (int i = 1; i < WIDE; i++) above = std::max(above, tops[i]);
-        alignas(64) float kept[SPAN];
-        for (int v = 0; v < parts; v++) {
-            const WideVec weight = seen[v] ? exp2_negative_of<WideVec, WideInt>(scaled[v] - above) : WideVec{};
-            store_wide(kept + v * WIDE, weight);
+        const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
+        for (int s = 0; s < high; s += WIDE) {
+            const WideVec scaled = load_wide(line + s);
+            const WideVec power = exp2_negative_of<WideVec, WideInt>(scaled - above);
+            const WideVec weight = scaled == UNSEEN ? WideVec{} : power;
+            store_wide(line + s, weight);
             sum += weight;
         }
-        for (int s = 0; s < SPAN; s += LANES) store_weights(&weights[row * weight_width + s], load(kept + s));
+        Operand<T>* kept = &weights[at_line * weight_width];
+        for (int s = 0; s < seen; s += LANES)
+            store_weights(kept + s, s < high ? load(line + s) : Vec{});
         shrink[row] = above == top[row] ? 1.0f : exp2_negative(splat(top[row] - above))[0];
         top[row] = above;
-        float all = 0;
-        for (int i = 0; i < WIDE; i++) all += sum[i];
-        total[row] = total[row] * shrink[row] + all;
+        total[row] = total[row] * shrink[row] + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
     }
 };

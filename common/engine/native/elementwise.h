@@ -7,22 +7,6 @@
 #include "vectors.h"
 
 
-// LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
-template <typename T>
-Vec load_some(const T* p, int64_t count) {
-    if (count >= LANES) return load(p);
-    T part[LANES] = {};
-    std::memcpy(part, p, count * sizeof(T));
-    return load(part);
-}
-template <typename T>
-void store_some(T* p, Vec v, int64_t count) {
-    if (count >= LANES) return store(p, v);
-    T part[LANES];
-    store(part, v);
-    std::memcpy(p, part, count * sizeof(T));
-}
-
 // One row after another, divided among the threads of a team, which have all when it returns.
 template <typename F>
 void each_row(int64_t rows, F&& part) {

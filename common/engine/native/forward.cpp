@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "own.h"
 #include "product.h"
 
 namespace {
@@ -143,8 +144,7 @@ struct Run {
 
 template <typename T>
 void forward(const Model& model, const Step& step, T* keys, T* x, int threads) {
-    static thread_local Buffers<T> buffers;
-    Run<T> run(model, step, x, buffers);
+    Run<T> run(model, step, x, own<Buffers<T>>());
 #ifndef _OPENMP
     (void)threads;
 #endif
@@ -157,8 +157,7 @@ void forward(const Model& model, const Step& step, T* keys, T* x, int threads) {
 
 template <typename T>
 void logits(const Model& model, const T* x, const int64_t* rows, int64_t count, float* out, int threads) {
-    static thread_local Buffer<Operand<T>> buffer;
-    Operand<T>* operands = buffer.of(count * operand_stride<T>(model.hidden));
+    Operand<T>* operands = own<Buffer<Operand<T>>>().of(count * operand_stride<T>(model.hidden));
 #ifndef _OPENMP
     (void)threads;
 #endif
@@ -174,8 +173,7 @@ void logits(const Model& model, const T* x, const int64_t* rows, int64_t count, 
 
 template <typename T>
 void product(const Product& p, const T* x, T* y, int64_t rows, int threads) {
-    static thread_local Buffer<Operand<T>> buffer;
-    Operand<T>* operands = buffer.of(rows * operand_stride<T>(p.in));
+    Operand<T>* operands = own<Buffer<Operand<T>>>().of(rows * operand_stride<T>(p.in));
 #ifndef _OPENMP
     (void)threads;
 #endif

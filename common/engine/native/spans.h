@@ -7,19 +7,19 @@ constexpr int SPAN = 64;  // positions, from a multiple of as many on
 constexpr float UNSEEN = -1e30f;
 
 // Where the keys and values of a span's positions lie.
-template <typename T>
+template <typename T, int N = SPAN>
 struct Rows {
     int count;
-    const T *keys[SPAN], *values[SPAN];
+    const T *keys[N], *values[N];
 };
 
-// The rows of positions [begin, min(begin + SPAN, end)); past the end any row that may be read.
-template <typename T>
+// The rows of positions [begin, min(begin + N, end)); past the end any row that may be read.
+template <typename T, int N>
 void find_rows(const Problem& p, const int32_t* table, const T* head, int64_t begin, int64_t end,
-               Rows<T>* out) {
-    out->count = int(end - begin < SPAN ? end - begin : SPAN);
+               Rows<T, N>* out) {
+    out->count = int(end - begin < N ? end - begin : N);
     int64_t block = begin / p.block_size, offset = begin % p.block_size;
-    for (int s = 0; s < SPAN; s++) {
+    for (int s = 0; s < N; s++) {
         if (s < out->count) {
             out->keys[s] = head + table[block] * p.block_stride + offset * p.head_dim;
             if (++offset == p.block_size) offset = 0, block++;

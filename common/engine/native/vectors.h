@@ -69,6 +69,22 @@ inline void store(BFloat16* p, Vec v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
+template <typename T>
+inline Vec load_some(const T* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    T part[LANES] = {};
+    std::memcpy(part, p, count * sizeof(T));
+    return load(part);
+}
+template <typename T>
+inline void store_some(T* p, Vec v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    T part[LANES];
+    store(part, v);
+    std::memcpy(p, part, count * sizeof(T));
+}
+
 // Lane 4L + i of the result is the sum of the four lanes 4L .. 4L + 3 of the i-th argument.
 inline Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
     const IntVec low = PER_QUAD(0, LANES, 1, LANES + 1);

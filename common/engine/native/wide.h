@@ -25,6 +25,17 @@ inline WideInt load_wide(const BFloat16* p) {  // as pairs
 }
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
+// One number from all lanes, in a fixed order.
+template <typename F>
+inline float reduce(WideVec v, F&& combine) {
+    for (int half = WIDE / 2; half; half /= 2) {
+        WideInt other;
+        for (int i = 0; i < WIDE; i++) other[i] = i ^ half;
+        v = combine(v, __builtin_shuffle(v, other));
+    }
+    return v[0];
+}
+
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
 constexpr int PANEL = 2 * WIDE;
 
