@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -37,6 +37,27 @@ class StepInput:
 
 
 L = TypeVar("L")
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [out, in] as the parts it is stacked from, and its bias [out] or None.
+
+    The parts are views of the checkpoint, whose pages are read when they are stacked in `dtype`.
+    """
+
+    parts: Sequence[Tensor]
+    dtype: torch.dtype
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(part) for part in self.parts), self.parts[0].shape[1]
+
+    def stacked(self) -> Tensor:
+        """[out, in]"""
+        return torch.cat([part.to(self.dtype) for part in self.parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +74,22 @@ class LayerWeights(Generic[L]):
     post_norm: Tensor
     gate_up: L
     down: L
+
+    def matrices(self) -> tuple[L, L, L, L]:
+        """Its products, in the order of their use and of `map`."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def map(self, change: Callable[[L], M]) -> LayerWeights[M]:
+        """The same layer with its products of another kind."""
+        return LayerWeights(
+            input_norm=self.input_norm,
+            qkv=change(self.qkv),
+            qk_norm=self.qk_norm,
+            output=change(self.output),
+            post_norm=self.post_norm,
+            gate_up=change(self.gate_up),
+            down=change(self.down),
+        )
 
 
 class Forward(Protocol):
@@ -84,10 +121,10 @@ class Model:
         config: ModelConfig,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        max_model_len: int,
         layers: Layers,
         attention: AttentionBackend,
         *,
+        max_model_len: int,
         batch_invariant: bool,
     ) -> None:
         self.config = config
@@ -100,7 +137,7 @@ class Model:
         self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers = [
-            layer_weights(config, checkpoint, index, dtype, Linear)
+            layer_weights(config, checkpoint, index, dtype).map(_linear)
             for index in range(config.num_layers)
         ]
         self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()
@@ -108,7 +145,7 @@ class Model:
     def linears(self) -> Iterator[Linear]:
         """Every matrix product of a step, in order."""
         for layer in self._layers:
-            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+            yield from layer.matrices()
         yield self._head
 
     def num_rows(self, count: int) -> int:
@@ -170,24 +207,25 @@ def _by_tile(tiles: list[int], part: Callable[..., Tensor], *inputs: Any) -> Ten
     return torch.cat([part(*tile) for tile in zip(*cut, strict=True)])
 
 
+def _linear(matrix: Matrix) -> Linear:
+    return Linear(matrix.stacked(), matrix.bias)
+
+
 def layer_weights(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    index: int,
-    dtype: torch.dtype,
-    product: Callable[[Tensor, Tensor | None], L],
-) -> LayerWeights[L]:
-    """Load one layer; `product` makes a product of a weight [out, in] and a bias [out] or None."""
+    config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype
+) -> LayerWeights[Matrix]:
+    """One layer as it lies in the checkpoint."""
     prefix = f"model.layers.{index}."
 
     def tensor(name: str) -> Tensor:
         return checkpoint.tensor(prefix + name, dtype)
 
-    def linear(names: tuple[str, ...], bias: bool) -> L:
-        """Matrices that share their input, stacked into one."""
-        weight = torch.cat([tensor(f"{name}.weight") for name in names])
-        return product(
-            weight, torch.cat([tensor(f"{name}.bias") for name in names]) if bias else None
+    def matrix(names: tuple[str, ...], bias: bool) -> Matrix:
+        """Matrices that share their input, to be stacked into one."""
+        return Matrix(
+            [checkpoint.stored(f"{prefix}{name}.weight") for name in names],
+            dtype,
+            torch.cat([tensor(f"{name}.bias") for name in names]) if bias else None,
         )
 
     qk_norm = None
@@ -200,10 +238,10 @@ def layer_weights(
         )
     return LayerWeights(
         input_norm=tensor("input_layernorm.weight"),
-        qkv=linear(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        qkv=matrix(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
         qk_norm=qk_norm,
-        output=linear(("self_attn.o_proj",), config.output_bias),
+        output=matrix(("self_attn.o_proj",), config.output_bias),
         post_norm=tensor("post_attention_layernorm.weight"),
-        gate_up=linear(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
-        down=linear(("mlp.down_proj",), config.mlp_bias),
+        gate_up=matrix(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
+        down=matrix(("mlp.down_proj",), config.mlp_bias),
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.engine.attention import make_model
 from common.engine.attention.base import Batch
 from common.engine.config import ModelConfig, ModelError, load_config
+from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.model import StepInput
@@ -70,8 +70,8 @@ class TorchEngine:
             config,
             checkpoint,
             TORCH_DTYPES[layout.dtype],
-            length,
-            layout.block_size,
+            max_model_len=length,
+            block_size=layout.block_size,
             batch_invariant=batch_invariant,
         )
         arithmetic = _arithmetic(self.model.name) if batch_invariant else ""

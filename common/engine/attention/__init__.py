@@ -1,4 +1,4 @@
-"""Attention backends by name, and the model and the element-wise layers that go with each.
+"""Attention backends by name, each with the element-wise layers that go with it.
 
 Each is imported only when it is asked for.
 """
@@ -10,44 +10,10 @@ import ctypes
 import torch
 
 from common.engine.attention.base import AttentionBackend, AttentionShape
-from common.engine.config import ModelConfig, ModelError
+from common.engine.config import ModelError
 from common.engine.layers import Layers, TorchLayers
-from common.engine.model import Forward, Model
-from common.engine.weights import Checkpoint
 
 BACKENDS = ("auto", "native", "torch", "xformers")
-
-
-def make_model(
-    name: str,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    max_model_len: int,
-    block_size: int,
-    *,
-    batch_invariant: bool,
-) -> Forward:
-    """The model that attends with the backend `name`: see make_backend."""
-    library = _library(name)
-    if library is not None:
-        from common.engine.native.model import NativeModel
-
-        return NativeModel(
-            config, checkpoint, dtype, max_model_len, library, batch_invariant=batch_invariant
-        )
-    shape = AttentionShape(
-        config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
-    )
-    return Model(
-        config,
-        checkpoint,
-        dtype,
-        max_model_len,
-        make_layers(name, config.rms_norm_eps, fixed_order=batch_invariant),
-        make_backend(name, shape, fixed_order=batch_invariant),
-        batch_invariant=batch_invariant,
-    )
 
 
 def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> AttentionBackend:
@@ -60,7 +26,7 @@ def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> Atte
         from common.engine.attention.xformers import XformersAttention
 
         return XformersAttention(shape)
-    library = _library(name)
+    library = native_library(name)
     if library is not None:
         from common.engine.attention.native import NativeAttention
 
@@ -74,7 +40,7 @@ def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> Atte
 
 def make_layers(name: str, eps: float, *, fixed_order: bool) -> Layers:
     """The layers that go with the backend `name`: native ones with native attention."""
-    library = _library(name)
+    library = native_library(name)
     if library is None:
         return TorchLayers(eps, fixed_order=fixed_order)
     from common.engine.native.layers import NativeLayers
@@ -82,7 +48,8 @@ def make_layers(name: str, eps: float, *, fixed_order: bool) -> Layers:
     return NativeLayers(eps, library)
 
 
-def _library(name: str) -> ctypes.CDLL | None:
+def native_library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels, if the backend `name` uses them and they can be had."""
     from common.engine.native.library import load_library
 
     return load_library(torch.get_num_threads() > 1) if name in ("auto", "native") else None

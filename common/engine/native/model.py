@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch.nn import functional
 from common.engine.attention.base import Batch
 from common.engine.config import ModelConfig
 from common.engine.kv_cache import KvCache
-from common.engine.model import LayerWeights, StepInput, layer_weights
+from common.engine.model import LayerWeights, Matrix, StepInput, layer_weights
 from common.engine.native import structs
 from common.engine.native.library import build_name
-from common.engine.native.packed import Packed
+from common.engine.native.packed import Packed, pack
+from common.engine.native.shared_file import shared_bytes
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
 
@@ -32,9 +34,9 @@ class NativeModel:
         config: ModelConfig,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        max_model_len: int,
         library: ctypes.CDLL,
         *,
+        max_model_len: int,
         batch_invariant: bool,
     ) -> None:
         self.config = config
@@ -43,14 +45,8 @@ class NativeModel:
         self._fixed_order = batch_invariant
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
-        tied = config.tie_word_embeddings
-        head = self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype)
-        self._head = Packed(library, head)
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
-        self._layers = [
-            layer_weights(config, checkpoint, index, dtype, self._pack)
-            for index in range(config.num_layers)
-        ]
+        self._layers, self._head = _pack(config, checkpoint.again(), dtype, library)
         self._records = (structs.Layer * config.num_layers)(
             *(
                 _record(layer, window)
@@ -70,13 +66,10 @@ class NativeModel:
             eps=config.rms_norm_eps,
         )
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> Packed:
-        return Packed(self._library, weight, bias)
-
     def linears(self) -> Iterator[Packed]:
         """Every matrix product of a step, in order."""
         for layer in self._layers:
-            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+            yield from layer.matrices()
         yield self._head
 
     def num_rows(self, count: int) -> int:
@@ -145,6 +138,22 @@ class NativeModel:
             ),
             layer_stride=cache.blocks.stride(1),
         )
+
+
+def _pack(
+    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, library: ctypes.CDLL
+) -> tuple[list[LayerWeights[Packed]], Packed]:
+    """All layers and the head, in bytes that the workers of a host share.
+
+    `checkpoint` is used for nothing else: once it is let go, its pages are not this process's.
+    """
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    layers = [layer_weights(config, checkpoint, index, dtype) for index in range(config.num_layers)]
+    matrices = [matrix for layer in layers for matrix in layer.matrices()]
+    matrices.append(Matrix([checkpoint.stored(head)], dtype))
+    key = checkpoint.identity(f"{dtype} {library.kvbaton_panel()}")
+    packed = iter(pack(library, matrices, partial(shared_bytes, key)))
+    return [layer.map(lambda _: next(packed)) for layer in layers], next(packed)
 
 
 def _record(layer: LayerWeights[Packed], window: int | None) -> structs.Layer:
