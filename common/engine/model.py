@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.engine.attention.base import AttentionBackend
+from common.engine.attention.base import AttentionBackend, Batch
 from common.engine.config import ModelConfig
 from common.engine.invariance import agreeing_row_counts, tile_rows
 from common.engine.kv_cache import KvCache
@@ -36,59 +36,131 @@ class StepInput:
     sample_rows: Tensor
 
 
+L = TypeVar("L")
+M = TypeVar("M")
+
+
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Matrix:
+    """A weight [out, in] as the parts it is stacked from, and its bias [out] or None.
+
+    The parts are views of the checkpoint, whose pages are read when they are stacked in `dtype`.
+    """
+
+    parts: Sequence[Tensor]
+    dtype: torch.dtype
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(part) for part in self.parts), self.parts[0].shape[1]
+
+    def stacked(self) -> Tensor:
+        """[out, in]"""
+        return torch.cat([part.to(self.dtype) for part in self.parts])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights(Generic[L]):
+    """One layer; matrices that share their input are stacked into one product of kind L.
+
+    Norms are [hidden_size]; qk_norm is [num_heads + num_kv_heads, head_dim], or None.
+    """
+
     input_norm: Tensor
-    qkv: Linear
+    qkv: L
     qk_norm: Tensor | None
-    output: Linear
+    output: L
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: L
+    down: L
+
+    def matrices(self) -> tuple[L, L, L, L]:
+        """Its products, in the order of their use and of `map`."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def map(self, change: Callable[[L], M]) -> LayerWeights[M]:
+        """The same layer with its products of another kind."""
+        return LayerWeights(
+            input_norm=self.input_norm,
+            qkv=change(self.qkv),
+            qk_norm=self.qk_norm,
+            output=change(self.output),
+            post_norm=self.post_norm,
+            gate_up=change(self.gate_up),
+            down=change(self.down),
+        )
+
+
+class Forward(Protocol):
+    """A model with its weights: what the runner asks of it."""
+
+    name: str
+
+    def num_rows(self, count: int) -> int:
+        """How many rows a step of `count` tokens has, with its padding."""
+
+    def forward(self, step: StepInput, batch: Batch, cache: KvCache) -> Tensor:
+        """The residual stream after the last layer, [rows, hidden_size]: see `logits`.
+
+        Writes the KV of the step's tokens.
+        """
+
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits of these rows (int64) of what forward() gave, [len(rows), vocab_size] in fp32."""
 
 
 class Model:
-    """Weights and the forward pass. Computes in `dtype`, rounding where transformers does."""
+    """The forward pass in torch. Computes in `dtype`, rounding where transformers does.
+
+    `name` tells apart what may give other bits.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        max_model_len: int,
         layers: Layers,
+        attention: AttentionBackend,
         *,
+        max_model_len: int,
         batch_invariant: bool,
     ) -> None:
         self.config = config
+        self.name = attention.name
         self._ops = layers
+        self._attention = attention
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
         self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers = [
-            _load_layer(config, checkpoint, index, dtype) for index in range(config.num_layers)
+            layer_weights(config, checkpoint, index, dtype).map(_linear)
+            for index in range(config.num_layers)
         ]
         self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()
 
     def linears(self) -> Iterator[Linear]:
         """Every matrix product of a step, in order."""
         for layer in self._layers:
-            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+            yield from layer.matrices()
         yield self._head
 
-    def tiles(self, count: int) -> list[int]:
+    def num_rows(self, count: int) -> int:
+        """See Forward."""
+        return sum(self._tiles(count))
+
+    def _tiles(self, count: int) -> list[int]:
         """Sizes of the row tiles to compute for `count` rows; together at least `count`."""
         return tile_rows(count, self._row_counts) if self._row_counts else [max(count, MIN_ROWS)]
 
-    def forward(self, step: StepInput, cache: KvCache, attention: AttentionBackend) -> Tensor:
-        """The residual stream after the last layer, [rows, hidden_size]: see `logits`.
-
-        Writes the KV of the step's tokens. `attention` has been given the batch by plan().
-        """
+    def forward(self, step: StepInput, batch: Batch, cache: KvCache) -> Tensor:
+        """See Forward."""
         config, count = self.config, step.num_tokens
-        tiles = self.tiles(count)
+        tiles = self._tiles(count)
+        self._attention.plan(batch)
         x = functional.embedding(step.tokens, self._embedding)
         placement = Placement(
             count, self._cos[step.positions], self._sin[step.positions], step.slots, step.offsets
@@ -97,26 +169,26 @@ class Model:
         for index, layer in enumerate(self._layers):
             qkv = _by_tile(tiles, self._project, layer, x).view(len(x), -1, config.head_dim)
             self._ops.place(qkv, layer.qk_norm, placement, cache, index)
-            attention.attend(index, qkv[:, : config.num_heads], cache, attended)
+            self._attention.attend(index, qkv[:, : config.num_heads], cache, attended)
             x = _by_tile(tiles, self._combine, layer, x, attended)
         return x
 
-    def _project(self, layer: _Layer, x: Tensor) -> Tensor:
+    def _project(self, layer: LayerWeights[Linear], x: Tensor) -> Tensor:
         """Queries, keys and values, [rows, (num_heads + 2 * num_kv_heads) * head_dim]."""
         return layer.qkv(self._ops.rms_norm(x, layer.input_norm))
 
-    def _combine(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
+    def _combine(self, layer: LayerWeights[Linear], x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream after attention's output and the feed-forward part."""
         x = x + layer.output(attended.view(len(x), -1))
         normed = self._ops.rms_norm(x, layer.post_norm)
         return x.add_(layer.down(self._ops.swiglu(layer.gate_up(normed))))
 
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Logits of these rows of what forward() gave, [len(rows), vocab_size] in fp32."""
+        """See Forward."""
         count = len(rows)
         if count == 0:
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        tiles = self.tiles(count)
+        tiles = self._tiles(count)
         x = functional.pad(x[rows], (0, 0, 0, sum(tiles) - count))
         return _by_tile(tiles, self._unembed, x)[:count].float()
 
@@ -135,19 +207,25 @@ def _by_tile(tiles: list[int], part: Callable[..., Tensor], *inputs: Any) -> Ten
     return torch.cat([part(*tile) for tile in zip(*cut, strict=True)])
 
 
-def _load_layer(
+def _linear(matrix: Matrix) -> Linear:
+    return Linear(matrix.stacked(), matrix.bias)
+
+
+def layer_weights(
     config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype
-) -> _Layer:
+) -> LayerWeights[Matrix]:
+    """One layer as it lies in the checkpoint."""
     prefix = f"model.layers.{index}."
 
     def tensor(name: str) -> Tensor:
         return checkpoint.tensor(prefix + name, dtype)
 
-    def linear(names: tuple[str, ...], bias: bool) -> Linear:
-        """Matrices that share their input, stacked into one."""
-        weight = torch.cat([tensor(f"{name}.weight") for name in names])
-        return Linear(
-            weight, torch.cat([tensor(f"{name}.bias") for name in names]) if bias else None
+    def matrix(names: tuple[str, ...], bias: bool) -> Matrix:
+        """Matrices that share their input, to be stacked into one."""
+        return Matrix(
+            [checkpoint.stored(f"{prefix}{name}.weight") for name in names],
+            dtype,
+            torch.cat([tensor(f"{name}.bias") for name in names]) if bias else None,
         )
 
     qk_norm = None
@@ -158,12 +236,12 @@ def _load_layer(
                 tensor("self_attn.k_norm.weight").expand(config.num_kv_heads, -1),
             ]
         )
-    return _Layer(
+    return LayerWeights(
         input_norm=tensor("input_layernorm.weight"),
-        qkv=linear(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        qkv=matrix(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
         qk_norm=qk_norm,
-        output=linear(("self_attn.o_proj",), config.output_bias),
+        output=matrix(("self_attn.o_proj",), config.output_bias),
         post_norm=tensor("post_attention_layernorm.weight"),
-        gate_up=linear(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
-        down=linear(("mlp.down_proj",), config.mlp_bias),
+        gate_up=matrix(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
+        down=matrix(("mlp.down_proj",), config.mlp_bias),
     )

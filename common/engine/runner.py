@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.engine.attention import make_backend, make_layers
-from common.engine.attention.base import AttentionBackend, AttentionShape, Batch
+from common.engine.attention.base import Batch
 from common.engine.config import ModelConfig, ModelError, load_config
+from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
-from common.engine.model import Model, StepInput
+from common.engine.model import StepInput
 from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
 from common.engine.work import ModelInfo, Sampled, Work
@@ -65,29 +65,22 @@ class TorchEngine:
             dtype=_dtype(dtype, config),
         )
         checkpoint = Checkpoint(model_dir, config)
-        shape = AttentionShape(
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            layout.block_size,
-            config.windows,
+        self.model = make_model(
+            attention,
+            config,
+            checkpoint,
+            TORCH_DTYPES[layout.dtype],
+            max_model_len=length,
+            block_size=layout.block_size,
+            batch_invariant=batch_invariant,
         )
-        self._attention = make_backend(attention, shape, fixed_order=batch_invariant)
-        arithmetic = _arithmetic(self._attention) if batch_invariant else ""
+        arithmetic = _arithmetic(self.model.name) if batch_invariant else ""
         self.info = ModelInfo(
             fingerprint=fingerprint(model_dir, checkpoint.entries, layout, arithmetic),
             max_model_len=length,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             layout=layout,
-        )
-        self.model = Model(
-            config,
-            checkpoint,
-            TORCH_DTYPES[layout.dtype],
-            length,
-            make_layers(attention, config.rms_norm_eps, fixed_order=batch_invariant),
-            batch_invariant=batch_invariant,
         )
         self._grammars = Grammars(model_dir, config.eos_token_ids)
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -132,8 +125,7 @@ class TorchEngine:
         """Write the works' KV; what Model.forward gave for their positions, one after another."""
         assert self._cache is not None, "attach an arena first"
         step, batch = self._prepare(works, self._cache.num_blocks)
-        self._attention.plan(batch)
-        return self.model.forward(step, self._cache, self._attention), step
+        return self.model.forward(step, batch, self._cache), step
 
     def _score(self, works: Sequence[Work], hidden: torch.Tensor) -> None:
         """Set the scores of the works that want them."""
@@ -167,7 +159,7 @@ class TorchEngine:
         assert tables.min() >= 0
         assert tables.max() < num_blocks
         total = int(row_starts[-1])
-        rows = sum(self.model.tiles(total))
+        rows = self.model.num_rows(total)
         tokens = np.zeros(rows, dtype=np.int64)
         for begin, work in zip(row_starts, works, strict=False):
             end = work.start + work.num_tokens
@@ -207,10 +199,10 @@ def _check_settings(device: str, attention: str, threads: int, block_size: int |
         raise ModelError(f"block_size must be at least 1, got {block_size}")
 
 
-def _arithmetic(attention: AttentionBackend) -> str:
+def _arithmetic(model: str) -> str:
     """Whatever a row's bits depend on in batch-invariant mode: workers must agree on all of it."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{attention.name} torch {torch.__version__} {capability}"
+    return f"{model} torch {torch.__version__} {capability}"
 
 
 def _dtype(dtype: str, config: ModelConfig) -> str:

@@ -75,12 +75,30 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Raises ModelError, listing them, where tensors are missing, unexpected or misshapen."""
+        self._folder, self._config = folder, config
         self.entries = read_entries(folder)
         _check(folder, self.entries, config)
         self._open: dict[Path, Any] = {}
 
+    def again(self) -> Checkpoint:
+        """The same, mapped by itself: its pages are given up when it and its tensors are."""
+        return Checkpoint(self._folder, self._config)
+
+    def identity(self, use: str) -> str:
+        """Hexadecimal; changes with the files, as the file system knows them, and with `use`."""
+        digest = hashlib.sha256(use.encode())
+        for path in sorted({entry.file for entry in self.entries.values()}):
+            status = path.stat()
+            digest.update(f"{path.resolve()} {status.st_dev} {status.st_ino} ".encode())
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
+        return digest.hexdigest()[:32]
+
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in `dtype`; a view of the mapped file where that is its own."""
+        return self.stored(name).to(dtype)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor as it is: a view of the mapped file."""
         file = self.entries[name].file
         try:
             if file not in self._open:
@@ -88,7 +106,7 @@ class Checkpoint:
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: {name} cannot be read: {error}") from error
-        return tensor.to(dtype)
+        return tensor
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:

@@ -26,11 +26,11 @@ def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> Atte
         from common.engine.attention.xformers import XformersAttention
 
         return XformersAttention(shape)
-    library = _library(name)
+    library = native_library(name)
     if library is not None:
         from common.engine.attention.native import NativeAttention
 
-        return NativeAttention(shape, library)
+        return NativeAttention(shape, library, fixed_order=fixed_order)
     if name not in ("auto", "torch"):
         raise ModelError(f"attention {name!r} is not available here; there are {BACKENDS}")
     from common.engine.attention.cpu import CpuAttention
@@ -40,7 +40,7 @@ def make_backend(name: str, shape: AttentionShape, *, fixed_order: bool) -> Atte
 
 def make_layers(name: str, eps: float, *, fixed_order: bool) -> Layers:
     """The layers that go with the backend `name`: native ones with native attention."""
-    library = _library(name)
+    library = native_library(name)
     if library is None:
         return TorchLayers(eps, fixed_order=fixed_order)
     from common.engine.native.layers import NativeLayers
@@ -48,7 +48,8 @@ def make_layers(name: str, eps: float, *, fixed_order: bool) -> Layers:
     return NativeLayers(eps, library)
 
 
-def _library(name: str) -> ctypes.CDLL | None:
+def native_library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels, if the backend `name` uses them and they can be had."""
     from common.engine.native.library import load_library
 
     return load_library(torch.get_num_threads() > 1) if name in ("auto", "native") else None

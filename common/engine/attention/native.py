@@ -9,39 +9,27 @@ from torch import Tensor
 
 from common.engine.attention.base import AttentionShape, Batch
 from common.engine.kv_cache import KvCache
+from common.engine.native import structs
 from common.engine.native.library import build_name
-
-
-class _Problem(ctypes.Structure):
-    """struct Problem of attention.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("query_stride", "out_stride", "block_stride")),
-        ("value_offset", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("row_starts", "starts", "tables")),
-        ("table_stride", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_sequences", "num_heads", "num_kv_heads")),
-        *((name, ctypes.c_int32) for name in ("head_dim", "block_size", "window")),
-        ("scale", ctypes.c_float),
-    )
 
 
 class NativeAttention:
     """Attends over the arena in place; ctypes releases the interpreter lock meanwhile.
 
-    Every row's sums have one fixed order, so this backend is batch-invariant as it is.
+    With `fixed_order` a row's bits depend on its own sequence alone.
     """
 
-    def __init__(self, shape: AttentionShape, library: ctypes.CDLL) -> None:
+    def __init__(self, shape: AttentionShape, library: ctypes.CDLL, *, fixed_order: bool) -> None:
         self.name = build_name(library)
         self._shape = shape
         self._attend = library.kvbaton_attend
         self._attend.restype = None
-        self._problem = _Problem(
+        self._problem = structs.Problem(
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             block_size=shape.block_size,
+            fixed_order=fixed_order,
             scale=shape.scale,
         )
         self._batch: Batch | None = None  # keeps the arrays alive that the problem points to

@@ -11,31 +11,18 @@
 #include <cstring>
 #include <vector>
 
-#include "operands.h"
+#include "attention_panels.h"
 
 namespace {
 
-constexpr int SPAN = 64;
 constexpr int TILE_QUERIES = 16;
+constexpr int FEWEST_PANEL_ROWS = 2 * TILE_ROWS;
 constexpr int DIRECT_ROWS = 8;  // up to here keys are widened on the fly, above once per tile
 #if defined(__AVX512VL__) || defined(__aarch64__)
 constexpr int MOST = 4;  // rows at once, by how many registers there are
 #else
 constexpr int MOST = 2;
 #endif
-constexpr float UNSEEN = -1e30f;
-constexpr float LOG2_E = 1.4426950408889634f;
-
-struct Problem {
-    int64_t query_stride, out_stride;  // elements from row to row
-    int64_t block_stride;              // elements from block to block
-    int64_t value_offset;              // elements from the layer's keys to its values
-    const int32_t *row_starts, *starts, *tables;
-    int64_t table_stride;
-    int32_t num_sequences, num_heads, num_kv_heads, head_dim, block_size, window;
-    float scale;
-};
-
 // scores[r][0..LANES) = queries[r] . keys[0..LANES) for R rows.
 template <typename O, typename K, int R>
 void dot_rows(const O* queries, int width, const K* const* keys, float* scores) {
@@ -101,30 +88,6 @@ void add_span(const O* weights, const float* shrink, int width, const V* const* 
         add_values<O, V, R, 4>(weights, shrink, width, values, count, sums, d, d ? nullptr : next);
     for (; d < width; d += PAIR)
         add_values<O, V, R, 2>(weights, shrink, width, values, count, sums, d, d ? nullptr : next);
-}
-
-// Where the keys and values of a span's positions lie.
-template <typename T>
-struct Rows {
-    int count;
-    const T *keys[SPAN], *values[SPAN];
-};
-
-// The rows of positions [begin, min(begin + SPAN, end)); past the end any row that may be read.
-template <typename T>
-void find_rows(const Problem& p, const int32_t* table, const T* head, int64_t begin, int64_t end,
-               Rows<T>* out) {
-    out->count = int(end - begin < SPAN ? end - begin : SPAN);
-    int64_t block = begin / p.block_size, offset = begin % p.block_size;
-    for (int s = 0; s < SPAN; s++) {
-        if (s < out->count) {
-            out->keys[s] = head + table[block] * p.block_stride + offset * p.head_dim;
-            if (++offset == p.block_size) offset = 0, block++;
-        } else {
-            out->keys[s] = out->keys[0];
-        }
-        out->values[s] = out->keys[s] + p.value_offset;
-    }
 }
 
 // One sequence's tile of queries under one KV head: rows are (query, head of the group).
@@ -234,11 +197,9 @@ void copy_rows(const T* const* rows, int count, int head_dim, int width, float* 
 
 template <typename T>
 void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int sequence,
-                 int first_query, int kv_head, Tile<Operand<T>>& tile) {
+                 int first_query, int num_queries, int kv_head, Tile<Operand<T>>& tile) {
     using O = Operand<T>;
     const int64_t row = p.row_starts[sequence] + first_query;
-    const int64_t left = p.row_starts[sequence + 1] - row;
-    const int num_queries = int(left < TILE_QUERIES ? left : TILE_QUERIES);
     const int groups = p.num_heads / p.num_kv_heads;
     tile.reset(num_queries, groups, p.head_dim);
     tile.scale = p.scale * LOG2_E;
@@ -288,40 +249,61 @@ void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int 
     }
 }
 
-template <typename T>
-void attend(const Problem& p, const T* queries, const T* keys, T* out, int threads) {
-    std::vector<int32_t> tiles;  // sequence, first query
+// Queries [first, first + count) of a sequence, under one KV head.
+struct Item {
+    int sequence, first, count, kv_head;
+};
+
+// What the threads share out. With `fixed_order` a row goes the same way whatever is beside it.
+std::vector<Item> items_of(const Problem& p) {
+    const int groups = p.num_heads / p.num_kv_heads;
+    std::vector<Item> items;
     for (int sequence = 0; sequence < p.num_sequences; sequence++) {
-        const int count = p.row_starts[sequence + 1] - p.row_starts[sequence];
-        for (int first = 0; first < count; first += TILE_QUERIES) {
-            tiles.push_back(sequence);
-            tiles.push_back(first);
-        }
+        const int rows = p.row_starts[sequence + 1] - p.row_starts[sequence];
+        const bool panels = !p.fixed_order && rows * groups >= FEWEST_PANEL_ROWS;
+        const int tile = panels ? std::max(PANEL_ROWS / groups, 1) : TILE_QUERIES;
+        for (int first = 0; first < rows; first += tile)
+            for (int kv_head = 0; kv_head < p.num_kv_heads; kv_head++)
+                items.push_back({sequence, first, std::min(tile, rows - first), kv_head});
     }
-    const int64_t items = int64_t(tiles.size() / 2) * p.num_kv_heads;
-#ifndef _OPENMP
-    (void)threads;
-#endif
-#pragma omp parallel num_threads(threads) if (threads > 1 && items > 1)
-    {
-        Tile<Operand<T>> tile;
+    return items;
+}
+
+template <typename T>
+void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
+    const std::vector<Item> items = items_of(p);
+    auto& tile = own<Tile<Operand<T>>>();
+    auto& panels = own<PanelTile<T>>();
+    const int groups = p.num_heads / p.num_kv_heads;
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < items; item++) {
-            const int64_t index = item / p.num_kv_heads * 2;
-            attend_tile(p, queries, keys, out, tiles[index], tiles[index + 1],
-                        int(item % p.num_kv_heads), tile);
-        }
+    for (size_t index = 0; index < items.size(); index++) {
+        const Item& item = items[index];
+        if (!p.fixed_order && item.count * groups >= FEWEST_PANEL_ROWS)
+            panels.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
+        else
+            attend_tile(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head, tile);
     }
 }
 
 }  // namespace
 
+void attend(const Problem& p, const float* queries, const float* keys, float* out) {
+    attend_all(p, queries, keys, out);
+}
+void attend(const Problem& p, const BFloat16* queries, const BFloat16* keys, BFloat16* out) {
+    attend_all(p, queries, keys, out);
+}
+
 extern "C" void kvbaton_attend(const Problem* problem, const void* queries, const void* keys,
                                void* out, int32_t bfloat16, int32_t threads) {
+#ifndef _OPENMP
+    (void)threads;
+#endif
+#pragma omp parallel num_threads(threads) if (threads > 1)
     if (bfloat16)
         attend(*problem, static_cast<const BFloat16*>(queries), static_cast<const BFloat16*>(keys),
-               static_cast<BFloat16*>(out), threads);
+               static_cast<BFloat16*>(out));
     else
         attend(*problem, static_cast<const float*>(queries), static_cast<const float*>(keys),
-               static_cast<float*>(out), threads);
+               static_cast<float*>(out));
 }

@@ -1,108 +1,17 @@
-// The element-wise parts of a transformer layer, rounded where transformers rounds them. A row is
-// computed by itself, in one fixed order, so its bits do not depend on the rows beside it.
-//
-// Plain C ABI, no headers but the standard library's.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "vectors.h"
+// The element-wise parts of a layer, one by one. Plain C ABI, no headers but the standard library's.
+#include "elementwise.h"
 
 namespace {
 
 constexpr int64_t SERIAL_NUMBERS = 32768;  // below this many, starting threads costs more
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
-template <typename T>
-Vec load_some(const T* p, int64_t count) {
-    if (count >= LANES) return load(p);
-    T part[LANES] = {};
-    std::memcpy(part, p, count * sizeof(T));
-    return load(part);
-}
-template <typename T>
-void store_some(T* p, Vec v, int64_t count) {
-    if (count >= LANES) return store(p, v);
-    T part[LANES];
-    store(part, v);
-    std::memcpy(p, part, count * sizeof(T));
-}
 
 template <typename F>
-void each_row(int64_t rows, int64_t width, int threads, F&& part) {
+void with_threads(int64_t rows, int64_t width, int threads, F&& part) {
 #ifndef _OPENMP
     (void)width, (void)threads;
 #endif
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * width > SERIAL_NUMBERS)
-    for (int64_t row = 0; row < rows; row++) part(row);
-}
-
-template <typename T>
-void rms_norm(const T* x, const T* weight, T* out, int64_t width, float eps) {
-    Vec squares = {};
-    for (int64_t d = 0; d < width; d += LANES) {
-        const Vec v = load_some(x + d, width - d);
-        squares += v * v;
-    }
-    const float scale = 1.0f / std::sqrt(sum_all(squares) / float(width) + eps);
-    for (int64_t d = 0; d < width; d += LANES) {
-        const Vec v = round_as(x, load_some(x + d, width - d) * scale);
-        store_some(out + d, v * load_some(weight + d, width - d), width - d);
-    }
-}
-
-// silu(x) = x / (1 + exp(-x)), with an exponential that never overflows.
-Vec silu(Vec x) {
-    const Vec power = exp2_negative(pick(x < 0.0f, x, -x) * LOG2_E);
-    return pick(x < 0.0f, x * power, x) / (power + 1.0f);
-}
-
-template <typename T>
-void swiglu(const T* gate_up, T* out, int64_t inner) {
-    for (int64_t d = 0; d < inner; d += LANES) {
-        const Vec gate = round_as(gate_up, silu(load_some(gate_up + d, inner - d)));
-        store_some(out + d, gate * load_some(gate_up + inner + d, inner - d), inner - d);
-    }
-}
-
-// One head turned in place by its position; both halves of cos and sin are the same.
-template <typename T>
-void rotate(T* x, const T* cos, const T* sin, int64_t half) {
-    for (int64_t d = 0; d < half; d += LANES) {
-        const int64_t count = half - d;
-        const Vec first = load_some(x + d, count), second = load_some(x + half + d, count);
-        const Vec c = load_some(cos + d, count), s = load_some(sin + d, count);
-        store_some(x + d, round_as(x, first * c) - round_as(x, second * s), count);
-        store_some(x + half + d, round_as(x, second * c) + round_as(x, first * s), count);
-    }
-}
-
-struct Placement {
-    const int64_t *slots, *offsets;  // where the keys and values of each row go
-    int64_t block_stride;            // elements from block to block
-    int64_t value_offset;            // elements from the layer's keys to its values
-    int32_t num_heads, num_kv_heads, head_dim, block_size;
-    float eps;
-};
-
-// Queries and keys normalised (where there is a `norm`) and rotated, keys and values stored.
-template <typename T>
-void place_row(const Placement& p, T* qkv, const T* norm, const T* cos, const T* sin, T* keys,
-               int64_t row) {
-    const int64_t dim = p.head_dim, num_turned = p.num_heads + p.num_kv_heads;
-    T* heads = qkv + row * (num_turned + p.num_kv_heads) * dim;
-    for (int64_t head = 0; head < num_turned; head++) {
-        T* x = heads + head * dim;
-        if (norm) rms_norm(x, norm + head * dim, x, dim, p.eps);
-        rotate(x, cos + row * dim, sin + row * dim, dim / 2);
-    }
-    T* target = keys + p.slots[row] * p.block_stride + p.offsets[row] * dim;
-    for (int64_t head = 0; head < p.num_kv_heads; head++) {
-        T* key = target + head * p.block_size * dim;
-        std::memcpy(key, heads + (p.num_heads + head) * dim, dim * sizeof(T));
-        std::memcpy(key + p.value_offset, heads + (num_turned + head) * dim, dim * sizeof(T));
-    }
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * width > SERIAL_NUMBERS)
+    each_row(rows, part);
 }
 
 // Calls part with the arguments as pointers to the numbers they point to.
@@ -119,7 +28,7 @@ void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
 extern "C" void kvbaton_rms_norm(void* x, void* weight, void* out, int64_t rows, int64_t width,
                                  float eps, int32_t bfloat16, int32_t threads) {
     with_type(bfloat16, [&](auto* x, auto* weight, auto* out) {
-        each_row(rows, width, threads, [&](int64_t row) {
+        with_threads(rows, width, threads, [&](int64_t row) {
             rms_norm(x + row * width, weight, out + row * width, width, eps);
         });
     }, x, weight, out);
@@ -128,7 +37,7 @@ extern "C" void kvbaton_rms_norm(void* x, void* weight, void* out, int64_t rows,
 extern "C" void kvbaton_swiglu(void* gate_up, void* out, int64_t rows, int64_t inner,
                                int32_t bfloat16, int32_t threads) {
     with_type(bfloat16, [&](auto* gate_up, auto* out) {
-        each_row(rows, inner, threads, [&](int64_t row) {
+        with_threads(rows, inner, threads, [&](int64_t row) {
             swiglu(gate_up + 2 * row * inner, out + row * inner, inner);
         });
     }, gate_up, out);
@@ -139,7 +48,9 @@ extern "C" void kvbaton_place(const Placement* placement, void* qkv, void* norm,
     const Placement& p = *placement;
     const int64_t width = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
     with_type(bfloat16, [&](auto* qkv, auto* norm, auto* cos, auto* sin, auto* keys) {
-        each_row(rows, width, threads,
-                 [&](int64_t row) { place_row(p, qkv, norm, cos, sin, keys, row); });
+        with_threads(rows, width, threads,
+                 [&](int64_t row) {
+                         place_row(p, qkv, norm, cos + row * p.head_dim, sin + row * p.head_dim, keys, row);
+                     });
     }, qkv, norm, cos, sin, keys);
 }

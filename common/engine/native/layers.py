@@ -9,21 +9,9 @@ from torch import Tensor
 
 from common.engine.kv_cache import KvCache
 from common.engine.layers import Placement
+from common.engine.native import structs
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
-
-class _Placement(ctypes.Structure):
-    """struct Placement of layers.cpp."""
-
-    _fields_ = (
-        ("slots", _POINTER),
-        ("offsets", _POINTER),
-        ("block_stride", _LONG),
-        ("value_offset", _LONG),
-        *((name, _INT) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
-        ("eps", ctypes.c_float),
-    )
 
 
 class NativeLayers:
@@ -66,7 +54,7 @@ class NativeLayers:
         """See Layers."""
         assert qkv.is_contiguous()
         layout, keys = cache.layout, cache.blocks[0, layer]
-        how = _Placement(
+        how = structs.Placement(
             slots=placement.slots.data_ptr(),
             offsets=placement.offsets.data_ptr(),
             block_stride=cache.blocks.stride(0),

@@ -50,7 +50,7 @@ def compile_library(
     `flags` come after the usual ones. Raises OSError, RuntimeError or SubprocessError where it
     cannot be compiled, kept or loaded.
     """
-    folder = _cache_folder()
+    folder = cache_folder()
     flags = _FLAGS + flags
     path = folder / f"native-{_key(compiler, flags)}{'.threaded' if threaded else ''}.so"
     if not path.exists():
@@ -73,8 +73,11 @@ def build_name(library: ctypes.CDLL) -> str:
     return Path(library._name).name.split(".")[0]
 
 
-def _cache_folder() -> Path:
-    """kvbaton below $XDG_CACHE_HOME or ~/.cache. What lies there is executed: it must be ours."""
+def cache_folder() -> Path:
+    """kvbaton below $XDG_CACHE_HOME or ~/.cache, made if need be.
+
+    Raises OSError where it cannot be used. What lies there is executed: it must be ours.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(base) / "kvbaton"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

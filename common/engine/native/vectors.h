@@ -19,6 +19,8 @@ typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_al
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 struct BFloat16 {
     uint16_t bits;
 };
@@ -67,6 +69,22 @@ inline void store(BFloat16* p, Vec v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
+template <typename T>
+inline Vec load_some(const T* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    T part[LANES] = {};
+    std::memcpy(part, p, count * sizeof(T));
+    return load(part);
+}
+template <typename T>
+inline void store_some(T* p, Vec v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    T part[LANES];
+    store(part, v);
+    std::memcpy(p, part, count * sizeof(T));
+}
+
 // Lane 4L + i of the result is the sum of the four lanes 4L .. 4L + 3 of the i-th argument.
 inline Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
     const IntVec low = PER_QUAD(0, LANES, 1, LANES + 1);
@@ -103,19 +121,21 @@ inline float max_all(Vec v) {
 
 // 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes
 // exp2f). Below -126 the result is the smallest normal number, which nothing here can see. NaN stays
-// NaN, whatever its payload.
-inline Vec exp2_negative(Vec exact) {
-    const Vec x = pick(exact < -126.0f, splat(-126.0f), exact);
-    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23
-    const Vec shifted = x + magic;
-    const Vec f = x - (shifted - magic);
-    Vec y = splat(1.535336188319500e-4f);
+// NaN, whatever its payload. V is a vector of floats, I one of as many integers.
+template <typename V, typename I>
+inline V exp2_negative_of(V exact) {
+    const V x = exact < -126.0f ? V{} - 126.0f : exact;
+    const V magic = V{} + 12582912.0f;  // 1.5 * 2^23
+    const V shifted = x + magic;
+    const V f = x - (shifted - magic);
+    V y = V{} + 1.535336188319500e-4f;
     y = y * f + 1.339887440266574e-3f;
     y = y * f + 9.618437357674640e-3f;
     y = y * f + 5.550332471162809e-2f;
     y = y * f + 2.402264791363012e-1f;
     y = y * f + 6.931472028550421e-1f;
     y = y * f + 1.0f;
-    const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-    return pick(exact == exact, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + exponent), exact);
+    const I exponent = reinterpret_cast<I>(shifted) << 23;
+    return exact == exact ? reinterpret_cast<V>(reinterpret_cast<I>(y) + exponent) : exact;
 }
+inline Vec exp2_negative(Vec exact) { return exp2_negative_of<Vec, IntVec>(exact); }

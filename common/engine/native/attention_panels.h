@@ -1,0 +1,171 @@
+// Attention of many queries at once, as two matrix products: a span's keys and values are packed into
+// panels like weights, once for all the queries of a tile, and go through product.h's kernel.
+#pragma once
+
+#include <vector>
+
+#include "own.h"
+#include "product.h"
+#include "spans.h"
+
+constexpr int PANEL_ROWS = 192;  // of a tile, so that packing is a small part
+constexpr int PANEL_SPAN = 4 * SPAN;
+template <typename T>
+using PanelRows = Rows<T, PANEL_SPAN>;
+
+// Keys as a matrix [PANEL_SPAN, dim] whose products are scores. bfloat16 pairs and floats are both 4 bytes.
+template <typename T>
+void pack_keys(const PanelRows<T>& at, int dim, T* panels) {
+    const int units = dim / DEPTH<T>;
+    const auto out = reinterpret_cast<uint32_t*>(panels);
+    for (int s = 0; s < at.count; s++) {
+        uint32_t* column = out + s / PANEL * units * PANEL + s % PANEL;
+        for (int d = 0; d < units; d++) std::memcpy(column + d * PANEL, at.keys[s] + d * DEPTH<T>, 4);
+    }
+}
+
+// Values as a matrix [dim, PANEL_SPAN] whose products are weighted sums; positions past the end count 0.
+inline void pack_position(const float* const* values, int, int dim, float* out, int64_t panel_size) {
+    for (int d = 0; d < dim; d += PANEL)
+        std::memcpy(out + d / PANEL * panel_size, values[0] + d, std::min(PANEL, dim - d) * sizeof(float));
+}
+inline void pack_position(const BFloat16* const* values, int left, int dim, BFloat16* out,
+                          int64_t panel_size) {
+    const auto first = reinterpret_cast<const uint16_t*>(values[0]);
+    const auto second = reinterpret_cast<const uint16_t*>(values[1]);
+    for (int d = 0; d < dim; d += PANEL) {
+        const auto target = reinterpret_cast<uint32_t*>(out + d / PANEL * panel_size);
+        const int columns = std::min(PANEL, dim - d);
+        for (int i = 0; i < columns; i++)
+            target[i] = first[d + i] | (left > 1 ? uint32_t(second[d + i]) << 16 : 0);
+    }
+}
+template <typename T>
+void pack_values(const PanelRows<T>& at, int dim, T* panels) {
+    constexpr int64_t panel_size = PANEL_SPAN * PANEL;
+    for (int s = 0; s < at.count; s += DEPTH<T>)
+        pack_position(at.values + s, at.count - s, dim, panels + s * PANEL, panel_size);
+}
+
+template <typename T>
+class PanelTile {
+  public:
+    void attend(const Problem& p, const T* queries, const T* keys, T* out, int sequence, int first_query,
+                int num_queries, int kv_head) {
+        start(p, num_queries);
+        const int64_t row = p.row_starts[sequence] + first_query;
+        const auto of_row = [&](int r, int64_t stride) {
+            return (row + r / groups) * stride + int64_t(kv_head * groups + r % groups) * dim;
+        };
+        for (int r = 0; r < rows; r++) {
+            const T* query = queries + of_row(r, p.query_stride);
+            Operand<T>* line = &operands[r * query_width];
+            for (int d = 0; d < dim; d += LANES)
+                store_some(line + d, load_some(query + d, dim - d), dim - d);
+        }
+        const int64_t position = p.starts[sequence] + first_query, end = position + num_queries;
+        const int64_t lowest = p.window && position >= p.window ? position - p.window + 1 : 0;
+        const int32_t* table = p.tables + sequence * p.table_stride;
+        const T* head = keys + int64_t(kv_head) * p.block_size * dim;
+        PanelRows<T> at;
+        for (int64_t begin = lowest / PANEL_SPAN * PANEL_SPAN; begin < end; begin += PANEL_SPAN) {
+            find_rows(p, table, head, begin, end, &at);
+            pack_keys(at, dim, key_panels.data());
+            pack_values(at, dim, value_panels.data());
+            for (int first = 0; first < rows; first += TILE_ROWS)
+                span(first, std::min(TILE_ROWS, rows - first), begin, position, p.window);
+        }
+        for (int r = 0; r < rows; r++) {
+            T* target = out + of_row(r, p.out_stride);
+            const float* line = &sums[r * sum_width];
+            for (int d = 0; d < dim; d += LANES)
+                store_some(target + d, load(line + d) / total[r], dim - d);
+        }
+    }
+
+  private:
+    int rows, groups, dim;
+    int64_t query_width, weight_width, sum_width;
+    float scale;  // of scores, with the factor that turns exp2 into exp
+    std::vector<Operand<T>> operands, weights;
+    std::vector<T> key_panels, value_panels;
+    std::vector<float> scores, sums, top, total, shrink;
+
+    void start(const Problem& p, int num_queries) {
+        groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;
+        scale = p.scale * LOG2_E;
+        query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(PANEL_SPAN);
+        sum_width = (dim + PANEL - 1) / PANEL * PANEL;
+        operands.resize(rows * query_width);
+        weights.resize(TILE_ROWS * weight_width);
+        key_panels.resize(size_t(PANEL_SPAN) * dim);
+        value_panels.assign(size_t(PANEL_SPAN) * sum_width, T{});
+        scores.resize(TILE_ROWS * PANEL_SPAN);
+        sums.assign(size_t(rows) * sum_width, 0.0f);
+        top.assign(rows, UNSEEN);
+        total.assign(rows, 0.0f);
+        shrink.resize(rows);
+    }
+
+    // `count` rows from `first` on and the span from `begin` on, of which later positions are unseen.
+    void span(int first, int count, int64_t begin, int64_t position, int window) {
+        const int64_t last = position + (first + count - 1) / groups + 1 - begin;
+        const int seen = int(std::min<int64_t>(last, PANEL_SPAN));
+        if (seen <= 0) return;
+        const int64_t steps = dim / DEPTH<T>;
+        for (int s = 0; s < seen; s += PANEL)
+            sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
+                        nearby(), 0, &scores[s], PANEL_SPAN);
+        for (int r = first; r < first + count; r++) {
+            const int64_t end_seen = position + r / groups + 1;
+            soften(r, r - first, seen, begin, window ? end_seen - window : 0, end_seen);
+        }
+        const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
+        alignas(64) float part[TILE_ROWS * PANEL];
+        for (int d = 0; d < sum_width; d += PANEL) {
+            sum_rows<T>(count, weights.data(), weight_width, &value_panels[d * PANEL_SPAN],
+                        value_steps, nearby(), 0, part);
+            for (int r = 0; r < count; r++)
+                for (int i = 0; i < PANEL; i += WIDE) {
+                    float* sum = &sums[(first + r) * sum_width + d + i];
+                    store_wide(sum, load_wide(sum) * shrink[first + r] + load_wide(part + r * PANEL + i));
+                }
+        }
+    }
+
+    const char* nearby() const { return reinterpret_cast<const char*>(key_panels.data()); }
+
+    // Line `at` of scores becomes weights of `row`, 0 up to `seen` where it sees nothing; the running
+    // maximum and total move on.
+    void soften(int row, int at_line, int seen, int64_t begin, int64_t first_seen, int64_t end_seen) {
+        float* line = &scores[at_line * PANEL_SPAN];
+        const int low = int(std::max<int64_t>(first_seen - begin, 0));
+        const int high = int(std::min<int64_t>(end_seen - begin, PANEL_SPAN));
+        WideInt lanes;
+        for (int i = 0; i < WIDE; i++) lanes[i] = i;
+        WideVec tops = WideVec{} + top[row], sum = {};
+        for (int s = 0; s < high; s += WIDE) {
+            WideVec scaled = load_wide(line + s) * scale;
+            if (s < low || s + WIDE > high) {
+                const WideInt at = lanes + s;
+                scaled = (at >= low) & (at < high) ? scaled : WideVec{} + UNSEEN;
+            }
+            store_wide(line + s, scaled);
+            tops = scaled > tops ? scaled : tops;
+        }
+        const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
+        for (int s = 0; s < high; s += WIDE) {
+            const WideVec scaled = load_wide(line + s);
+            const WideVec power = exp2_negative_of<WideVec, WideInt>(scaled - above);
+            const WideVec weight = scaled == UNSEEN ? WideVec{} : power;
+            store_wide(line + s, weight);
+            sum += weight;
+        }
+        Operand<T>* kept = &weights[at_line * weight_width];
+        for (int s = 0; s < seen; s += LANES)
+            store_weights(kept + s, s < high ? load(line + s) : Vec{});
+        shrink[row] = above == top[row] ? 1.0f : exp2_negative(splat(top[row] - above))[0];
+        top[row] = above;
+        total[row] = total[row] * shrink[row] + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
+    }
+};

@@ -1,0 +1,31 @@
+// Spans of positions and where their keys and values lie.
+#pragma once
+
+#include "attention.h"
+
+constexpr int SPAN = 64;  // positions, from a multiple of as many on
+constexpr float UNSEEN = -1e30f;
+
+// Where the keys and values of a span's positions lie.
+template <typename T, int N = SPAN>
+struct Rows {
+    int count;
+    const T *keys[N], *values[N];
+};
+
+// The rows of positions [begin, min(begin + N, end)); past the end any row that may be read.
+template <typename T, int N>
+void find_rows(const Problem& p, const int32_t* table, const T* head, int64_t begin, int64_t end,
+               Rows<T, N>* out) {
+    out->count = int(end - begin < N ? end - begin : N);
+    int64_t block = begin / p.block_size, offset = begin % p.block_size;
+    for (int s = 0; s < N; s++) {
+        if (s < out->count) {
+            out->keys[s] = head + table[block] * p.block_stride + offset * p.head_dim;
+            if (++offset == p.block_size) offset = 0, block++;
+        } else {
+            out->keys[s] = out->keys[0];
+        }
+        out->values[s] = out->keys[s] + p.value_offset;
+    }
+}

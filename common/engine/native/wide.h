@@ -1,0 +1,97 @@
+// Vectors as wide as the processor's, for matrix products: 512 bits with AVX-512, else those of
+// vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
+#pragma once
+
+#include "operands.h"
+
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;
+#else
+constexpr int WIDE = LANES;
+#endif
+
+typedef float WideVec __attribute__((vector_size(4 * WIDE)));
+typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
+
+inline WideVec load_wide(const float* p) {
+    WideVec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline WideInt load_wide(const BFloat16* p) {  // as pairs
+    WideInt v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
+
+// One number from all lanes, in a fixed order.
+template <typename F>
+inline float reduce(WideVec v, F&& combine) {
+    for (int half = WIDE / 2; half; half /= 2) {
+        WideInt other;
+        for (int i = 0; i < WIDE; i++) other[i] = i ^ half;
+        v = combine(v, __builtin_shuffle(v, other));
+    }
+    return v[0];
+}
+
+// Two vectors of columns side by side: what a panel of packed weights holds for one step.
+constexpr int PANEL = 2 * WIDE;
+
+// bfloat16 lies in pairs, two neighbours of the inner dimension in each lane.
+template <typename T>
+constexpr int DEPTH = std::is_same_v<T, BFloat16> ? 2 : 1;
+
+// sums[r] gains the products of row r's next DEPTH numbers and the next numbers of PANEL columns.
+template <int R>
+inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, const float* panel) {
+    const WideVec first = load_wide(panel), second = load_wide(panel + WIDE);
+    for (int r = 0; r < R; r++) {
+        sums[r][0] += first * x[r * stride];
+        sums[r][1] += second * x[r * stride];
+    }
+}
+
+template <int R>
+inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, const BFloat16* panel) {
+    const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
+    const auto even = [](WideInt both) { return reinterpret_cast<WideVec>(both << 16); };
+    const auto odd = [](WideInt both) {
+        return reinterpret_cast<WideVec>(both & int32_t(0xffff0000));
+    };
+    const WideVec even_first = even(first), even_second = even(second);
+    for (int r = 0; r < R; r++) {
+        sums[r][0] += even_first * x[r * stride];
+        sums[r][1] += even_second * x[r * stride];
+    }
+    const WideVec odd_first = odd(first), odd_second = odd(second);
+    for (int r = 0; r < R; r++) {
+        sums[r][0] += odd_first * x[r * stride + 1];
+        sums[r][1] += odd_second * x[r * stride + 1];
+    }
+}
+
+#if BFLOAT16_PRODUCTS
+inline WideVec add_pairs(WideVec sum, WideInt a, WideInt b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<WideVec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                      reinterpret_cast<__m512bh>(a),
+                                                      reinterpret_cast<__m512bh>(b)));
+#else
+    return add_bfloat16_products(sum, a, b);
+#endif
+}
+
+template <int R>
+inline void add_step(WideVec (&sums)[R][2], const BFloat16* x, int64_t stride, const BFloat16* panel) {
+    const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
+    for (int r = 0; r < R; r++) {
+        int32_t both;
+        std::memcpy(&both, x + r * stride, 4);
+        const WideInt row = WideInt{} + both;
+        sums[r][0] = add_pairs(sums[r][0], row, first);
+        sums[r][1] = add_pairs(sums[r][1], row, second);
+    }
+}
+#endif
