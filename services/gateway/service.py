@@ -16,6 +16,7 @@ from common.config import StartError
 from common.metrics_port import MetricsPort
 from common.service import Seams, Tasks
 from services.gateway.access.admin import Admin, drop_cache, load_admin_key
+from services.gateway.access.operator import Operator
 from services.gateway.backend import Targets
 from services.gateway.clients.face import ClientFace
 from services.gateway.config import GatewayConfig
@@ -93,7 +94,12 @@ class Gateway:
             config.bind,
             self._dispatcher,
             text,
-            Admin(admin_key, fleet.stores, seams.clock),
+            Admin(
+                admin_key,
+                fleet.stores,
+                seams.clock,
+                Operator(fleet.stores, fleet.workers, name=config.name, model=text.name),
+            ),
             tasks=self._tasks,
             instance_id=seams.rng.new_id(),
             slow_reader_s=config.slow_reader_s,
