@@ -1,52 +1,59 @@
-"""`python -m kvbaton`: asks a running cluster whether its books close, and what happened to what.
+"""`python -m kvbaton`: what an operator asks of a running cluster, and has it do.
 
-Exit status of `audit`: 0 if the books close, 1 if not, 2 if that could not be found out. Of `why`:
-0 if something is remembered, 1 if not, 2 if that could not be found out.
+Exit status: 0 if all is well, 1 if the answer says that it is not (books that do not close, nothing
+remembered, a member that could not be told), 2 if the question could not be asked.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
+import asyncio
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
 
-import msgspec
-
-from kvbaton.ask import audit, why_block, why_request
-from kvbaton.client import DEFAULT_ENDPOINT
+from kvbaton.commands import books, members
+from kvbaton.commands.ask import STDIN, ask
+from kvbaton.commands.options import (
+    CannotAskError,
+    gateway_options,
+    key_file,
+    keys,
+    operator_options,
+)
+from kvbaton.commands.top import top
 from kvbaton.errors import ConnectionLostError, ForbiddenError, KvbatonError
-from kvbaton.keys import KEYS_VARIABLE
-from kvbaton.protocol import Audited, Told
-from kvbaton.tables import Part, audit_parts, draw, plain_lines, why_parts
 
-KEY_FILE_VARIABLE = "KVBATON_ADMIN_KEY_FILE"
-DEFAULT_KEY_FILE = Path(".run/admin-key")  # where the checkout's own clusters have theirs
-DEFAULT_KEYS = Path(".run/keys")
-EXIT_CANNOT_ASK = 2
+EXIT_CANNOT_ASK = books.EXIT_CANNOT_ASK
+EXIT_INTERRUPTED = 130
+BENCH = (
+    "scripts/bench CASE measures a machine, `scripts/bench --help` lists the cases (in a checkout)"
+)
 
-_BLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,9})")
-
-
-class _CannotAskError(Exception):
-    """The message says why, and what to do."""
+_Command = Callable[[argparse.Namespace], Coroutine[None, None, int]]
+_COMMANDS: dict[str, _Command] = {
+    "status": members.status,
+    "top": top,
+    "drain": members.drain,
+    "log-level": members.log_level,
+    "audit": books.audit,
+    "why": books.why,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     options = _parser().parse_args(argv)
     try:
-        key = _admin_key(options.admin_key_file)
-        return _audit(options, key) if options.command == "audit" else _why(options, key)
-    except _CannotAskError as error:
+        return _run(options)
+    except KeyboardInterrupt:
+        return 0 if options.command == "top" else EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # so that nobody flushes it again
+        return EXIT_INTERRUPTED
+    except CannotAskError as error:
         reason = str(error)
     except ForbiddenError as error:
-        at_fault = f"the key is from {_key_file(options.admin_key_file)}"
-        if error.field != "admin_key":
-            at_fault = f"the keys are {_keys(options) or 'none'}, --keys names others"
-        reason = f"{error.message} ({at_fault})"
+        reason = f"{error.message} ({_at_fault(options, error)})"
     except ConnectionLostError as error:
         reason = f"{error.message}: is there a gateway? --gateway names another"
     except KvbatonError as error:
@@ -55,98 +62,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_CANNOT_ASK
 
 
-def _audit(options: argparse.Namespace, key: str) -> int:
-    answer = audit(options.gateway, key, _keys(options))
-    _show(answer, audit_parts(answer), as_json=options.json)
-    if any(store.problem for store in answer.stores):
-        return EXIT_CANNOT_ASK
-    return 0 if answer.closes else 1
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "bench":
+        print(BENCH)
+        return 0
+    if options.command == "ask":
+        return ask(options)
+    return asyncio.run(_COMMANDS[options.command](options))
 
 
-def _why(options: argparse.Namespace, key: str) -> int:
-    match = None if options.request else _BLOCK.fullmatch(options.what)
-    if match is None:
-        answer = why_request(options.gateway, key, options.what, _keys(options))
-    else:
-        store, block = match.groups()
-        number = None if store is None else int(store)
-        answer = why_block(options.gateway, key, int(block), number, _keys(options))
-    _show(answer, why_parts(answer), as_json=options.json)
-    if problems := [each.problem for each in answer.stores if each.problem]:
-        raise _CannotAskError(f"not every KV store could be asked: {problems[0]}")
-    return 0 if any(store.events for store in answer.stores) else 1
-
-
-def _show(answer: Audited | Told, parts: Iterator[Part], *, as_json: bool) -> None:
-    if as_json:
-        print(msgspec.json.format(msgspec.json.encode(answer)).decode())
-    elif not (sys.stdout.isatty() and draw(parts)):
-        for line in plain_lines(parts):
-            print(line)
-
-
-def _key_file(given: Path | None) -> Path:
-    named = os.environ.get(KEY_FILE_VARIABLE)
-    return given or (Path(named) if named else DEFAULT_KEY_FILE)
-
-
-def _keys(options: argparse.Namespace) -> str:
-    """What connects to the gateway; "" for nothing."""
-    default = str(DEFAULT_KEYS) if DEFAULT_KEYS.exists() else ""
-    named: str | None = options.keys
-    return os.environ.get(KEYS_VARIABLE, default) if named is None else named
-
-
-def _admin_key(given: Path | None) -> str:
-    path = _key_file(given)
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise _CannotAskError(
-            f"no admin key: {path} cannot be read ({error}). Name the file that the gateway was "
-            f"started with: --admin-key-file FILE or {KEY_FILE_VARIABLE}"
-        ) from error
+def _at_fault(options: argparse.Namespace, error: ForbiddenError) -> str:
+    if error.field == "admin_key":
+        return f"the key is from {key_file(options)}"
+    return f"the keys are {keys(options) or 'none'}, --keys names others"
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--gateway", metavar="ENDPOINT", default=DEFAULT_ENDPOINT, help="(default: %(default)s)"
-    )
-    shared.add_argument(
-        "--admin-key-file",
-        metavar="FILE",
-        type=Path,
-        help=f"the gateway's admin key (default: {KEY_FILE_VARIABLE}, then {DEFAULT_KEY_FILE})",
-    )
-    shared.add_argument(
-        "--keys",
-        metavar="PATH",
-        help="admin.key of the cluster, or the folder that it is in; '' for a cluster without keys "
-        f"(default: {KEYS_VARIABLE}, then {DEFAULT_KEYS})",
-    )
-    shared.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser = argparse.ArgumentParser(prog="python -m kvbaton", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
+    operator = operator_options()
+
+    def add(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
+        parents = [gateway_options() if name == "ask" else operator]
+        return commands.add_parser(
+            name, parents=parents, help=what, description=f"{what}. {more}", allow_abbrev=False
+        )
+
+    add("status", "who is there, and how much there is to do", "1: a KV store does not answer.")
+    live = add("top", "the same, redrawn until q or Ctrl-C")
+    live.add_argument(
+        "--interval", metavar="S", type=_positive, default=1.0, help="(default: %(default)g)"
+    )
+    _add_drain(add("drain", "have a worker hand on what it has, and take nothing new"))
+    _add_log_level(add("log-level", "change what a member logs, or all", "1: not all were told."))
+    add(
         "audit",
-        parents=[shared],
-        help="whether the books close: every KV block has an owner who agrees",
-        description="Exits with 0 if the books close, 1 if not, 2 if that could not be found out.",
+        "whether the books close: every KV block has an owner who agrees",
+        "Exits with 0 if the books close, 1 if not, 2 if that could not be found out.",
     )
-    why = commands.add_parser(
-        "why",
-        parents=[shared],
-        help="what happened to a block or a request",
-        description="Exits with 0 if anything is remembered, 1 if not, 2 if it could not be asked.",
+    _add_why(
+        add(
+            "why",
+            "what happened to a block or a request",
+            "Exits with 0 if anything is remembered, 1 if not, 2 if it could not be asked.",
+        )
     )
-    why.add_argument(
+    _add_ask(add("ask", "a completion in the terminal; how fast it came is said on stderr"))
+    commands.add_parser("bench", help="where the benchmarks are")
+    return parser
+
+
+def _add_drain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("member", metavar="MEMBER", help="name, or the id or its first 8 digits")
+    parser.add_argument("--force", action="store_true", help="also the last one of its role")
+    parser.add_argument(
+        "--timeout", metavar="S", type=_positive, default=300.0, help="(default: %(default)g)"
+    )
+
+
+def _add_log_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("member", metavar="MEMBER|all", help="name, or the id or its first digits")
+    parser.add_argument("level", choices=("debug", "info", "warning", "error"))
+
+
+def _add_why(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "what",
         metavar="BLOCK|REQUEST",
         help="a block such as 17, or 1:17 of KV store 1; or a request's or handoff's id",
     )
-    why.add_argument("--request", action="store_true", help="it is a request, also if a number")
-    return parser
+    parser.add_argument("--request", action="store_true", help="it is a request, also if a number")
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help=f"the text; {STDIN}: what stdin has")
+    parser.add_argument("--chat", action="store_true", help="it is what a user says to the model")
+    parser.add_argument("--max-tokens", metavar="N", type=int, default=256)
+    parser.add_argument("--temperature", metavar="T", type=float, default=1.0)
+    parser.add_argument("--seed", metavar="N", type=int)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":

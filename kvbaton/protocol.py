@@ -14,6 +14,7 @@ from kvbaton.admin import MAX_ID_CHARS, StoreAudit, StoreHistory
 from kvbaton.codec import Decoder
 from kvbaton.conversation import ChatMessage, ToolCall
 from kvbaton.explanation import Explanation
+from kvbaton.operations import Operation, Outcome
 from kvbaton.questions import Answer, Prompt, Question
 from kvbaton.sampling import SamplingParams
 from kvbaton.wire import WireMessage
@@ -245,11 +246,11 @@ class Error(WireMessage, frozen=True, tag="error"):
 
 HELLO_REQUIRED = "hello_required"
 
-Request = Generate | Question | Audit | Why  # what is answered by its id
+AdminQuestion = Audit | Why | Operation  # what takes the admin key
+AdminAnswer = Audited | Told | Outcome
+Request = Generate | Question | AdminQuestion  # what is answered by its id
 ClientMessage = Hello | Cancel | Ping | Request
-GatewayMessage = (
-    Welcome | Accepted | Prompt | Tokens | Done | Error | Pong | Audited | Told | Answer
-)
+GatewayMessage = Welcome | Accepted | Prompt | Tokens | Done | Error | Pong | Answer | AdminAnswer
 
 
 def client_message_decoder() -> Decoder[ClientMessage]:

@@ -23,7 +23,7 @@ from kvbaton.protocol import (
     HELLO_REQUIRED,
     PROTOCOL_VERSION,
     Accepted,
-    Audited,
+    AdminAnswer,
     Cancel,
     Done,
     Error,
@@ -32,7 +32,6 @@ from kvbaton.protocol import (
     Ping,
     Pong,
     Tokens,
-    Told,
     Welcome,
 )
 from kvbaton.questions import Answer, Prompt
@@ -41,7 +40,7 @@ MAX_SILENT_TICKS = 3
 
 # What a request hears: that it is accepted, its prompt, tokens, then one of the others, which is
 # the last.
-Event = Accepted | Prompt | Tokens | Done | Audited | Told | Answer | KvbatonError
+Event = Accepted | Prompt | Tokens | Done | AdminAnswer | Answer | KvbatonError
 
 
 @dataclass(slots=True)

@@ -3,11 +3,15 @@ installed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvbaton.admin import HistoryEvent, StoreAudit, StoreHistory
 from kvbaton.protocol import Audited, Told
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _event_row(event: HistoryEvent) -> tuple[str, ...]:
     )
 
 
-def plain_lines(parts: Iterator[Part]) -> Iterator[str]:
+def plain_lines(parts: Iterable[Part]) -> Iterator[str]:
     """The parts as aligned text."""
     for part in parts:
         if isinstance(part, str):
@@ -145,26 +149,33 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def draw(parts: Iterator[Part]) -> bool:
+def draw(parts: Iterable[Part]) -> bool:
     """Draw the parts on the terminal. False, without having drawn any, if rich is missing."""
     try:
-        from rich import box
         from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table as Grid
     except ImportError:
         return False
     console = Console(highlight=False)
+    for each in renderables(parts):
+        console.print(each)
+    return True
+
+
+def renderables(parts: Iterable[Part]) -> Iterator[RenderableType]:
+    """The parts as rich draws them."""
+    from rich import box
+    from rich.table import Table as Grid
+    from rich.text import Text
+
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False)
+            yield Text(part)
             continue
         if part.title:
-            console.print(part.title, style="bold", markup=False)
+            yield Text(part.title, style="bold")
         grid = Grid(box=box.SIMPLE)
         for name in part.head:
-            grid.add_column(escape(name), overflow="fold")
+            grid.add_column(Text(name), overflow="fold")
         for row in part.rows:
-            grid.add_row(*map(escape, row))
-        console.print(grid)
-    return True
+            grid.add_row(*map(Text, row))
+        yield grid

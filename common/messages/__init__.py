@@ -68,6 +68,7 @@ from common.messages.handoffs import (
     Suspend,
     Yield,
 )
+from common.messages.operations import AskStatus, Drain, SetLogLevel, StatusTold
 from common.messages.reports import MAX_CHUNKS, ChunkReport, WorkReport
 from common.messages.requests import (
     Dropped,
@@ -84,6 +85,7 @@ __all__ = [
     "AbortHandoff",
     "Aborted",
     "AskAudit",
+    "AskStatus",
     "AskWhy",
     "Audited",
     "Block",
@@ -96,6 +98,7 @@ __all__ = [
     "Count",
     "Discard",
     "Distribution",
+    "Drain",
     "DropCache",
     "Dropped",
     "Failed",
@@ -133,8 +136,10 @@ __all__ = [
     "Reserve",
     "Seal",
     "Sealed",
+    "SetLogLevel",
     "StaleError",
     "Stamp",
+    "StatusTold",
     "Stopped",
     "Suspend",
     "ToStore",
@@ -151,13 +156,14 @@ __all__ = [
 ToStore = (
     Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
     | Release | Suspend | Yield | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
-    | AskAudit | AskWhy | DropCache | Holdings
+    | AskAudit | AskWhy | AskStatus | DropCache | Holdings | SetLogLevel
 )  # fmt: skip
 FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed
-    | Aborted | Members | ReportHoldings | Audited | Told | CacheDropped
+    | Aborted | Members | ReportHoldings | Audited | Told | CacheDropped | StatusTold
+    | SetLogLevel
 )  # fmt: skip
-ToWorker = Hello | Heartbeat | Reserve | Prefill
+ToWorker = Hello | Heartbeat | Reserve | Prefill | Drain | SetLogLevel
 FromWorker = Welcome | Failed | Ok | OutputTokens | Dropped
 
 

@@ -81,6 +81,7 @@ class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     endpoint: str = ""
     fingerprint: str = ""
     model: str = ""
+    version: RequestName = ""  # of its program
     max_model_len: Count = 0
     max_num_seqs: Count = 0
     mover: Annotated[str, msgspec.Meta(pattern="^(auto|shm|zmq)$")] = "shm"

@@ -30,8 +30,9 @@ from common.messages.handoffs import (
     Suspend,
     Yield,
 )
+from common.messages.operations import AskStatus, Drain, SetLogLevel
 from common.messages.requests import Prefill, Reserve
-from kvbaton import protocol, questions
+from kvbaton import operations, protocol, questions
 from kvbaton.errors import ForbiddenError
 
 Rights = Mapping[str, frozenset[type[Any]]]  # by role
@@ -45,19 +46,28 @@ _CLIENT = _ANYBODY | {
     questions.Tokenize,
     questions.Detokenize,
 }
-_ADMIN = _ANYBODY | {protocol.Audit, protocol.Why, questions.Stats}
+_ADMIN = _ANYBODY | {
+    protocol.Audit,
+    protocol.Why,
+    questions.Stats,
+    operations.Status,
+    operations.Drain,
+    operations.SetLogLevel,
+}
+_OF_GATEWAY = frozenset({Hello, Heartbeat, Drain, SetLogLevel})  # at every worker
 
 RIGHTS: Mapping[str, Rights] = {
     "kvstore": {
-        "gateway": _MEMBER | {OpenHandoff, AbortHandoff, AskAudit, AskWhy, DropCache},
+        "gateway": _MEMBER
+        | {OpenHandoff, AbortHandoff, AskAudit, AskWhy, AskStatus, DropCache, SetLogLevel},
         "prefill": _WORKER,
         "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
     },
     "kvstore data": {
         role: frozenset({Hello, Heartbeat, PutBlocks, GetBlocks}) for role in ("prefill", "decode")
     },
-    "prefill": {"gateway": frozenset({Hello, Heartbeat, Prefill})},
-    "decode": {"gateway": frozenset({Hello, Heartbeat, Reserve})},
+    "prefill": {"gateway": _OF_GATEWAY | {Prefill}},
+    "decode": {"gateway": _OF_GATEWAY | {Reserve}},
     "gateway": {"client": _CLIENT, "admin": _ADMIN, "": _CLIENT | _ADMIN},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import INSECURE_HELP, KEYS_HELP, setting
+from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
 
 
@@ -17,6 +17,7 @@ class WorkerConfig:
     engine: str = setting("torch", "torch, or mock: no arithmetic", choices="torch mock")
     stores: str = setting("tcp://127.0.0.1:5570", "endpoints of the KV stores, comma-separated")
     bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
+    advertise: str = setting("", ADVERTISE_HELP)
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
     threads: int = setting(1, "compute threads", low=1)

@@ -44,7 +44,7 @@ def _load_engine(config: WorkerConfig) -> Engine:
 def worker_main(role_name: str, make_role: Callable[[WorkerRuntime], Role]) -> NoReturn:
     """The life of a worker's process."""
     keep_large_frames()
-    config = load_config(WorkerConfig, f"python -m services.{role_name}")
+    config = load_config(WorkerConfig, role_name)
     main = serve(
         config.name,
         config.log_level,

@@ -15,9 +15,11 @@ import structlog
 
 from common.cluster_metrics import WorkerRow, worker_families
 from common.engine.work import Engine, Sampled, Work
+from common.log import change_log_level
 from common.messages import (
     Claim,
     Discard,
+    Drain,
     Fill,
     Granted,
     Heartbeat,
@@ -30,6 +32,7 @@ from common.messages import (
     Prefill,
     ReportHoldings,
     Reserve,
+    SetLogLevel,
     StaleError,
     ToWorker,
     Welcome,
@@ -39,6 +42,7 @@ from common.messages import (
 from common.messages.rights import RIGHTS
 from common.metrics import exposition, render
 from common.metrics_port import MetricsPort
+from common.net.addresses import advertised, check_told
 from common.net.server import Server
 from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
@@ -56,6 +60,7 @@ from common.worker.store_link import StoreLink
 from common.worker.stores import Stores
 from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
 from kvbaton.traceparent import trace_id
+from kvbaton.version import VERSION
 
 log = structlog.get_logger()
 
@@ -63,7 +68,8 @@ HAND_ON_S = 2.5  # of the time that a drain may take
 
 
 class WorkerRuntime:
-    """One worker process. `failed` is set when it cannot go on."""
+    """One worker process. `failed` is set when it cannot go on. `endpoint` is where gateways reach
+    it, from its start on."""
 
     def __init__(
         self,
@@ -114,6 +120,7 @@ class WorkerRuntime:
             handle=lambda peer, message, _bulk: self._on_gateway(peer, message),
             gone=lambda peer, _member: self._gateway_gone(peer),
         )
+        self.endpoint = check_told(advertised(self._server.endpoint, self.config.advertise))
         stores = self._stores = Stores(
             self.seams,
             self.tasks,
@@ -135,26 +142,30 @@ class WorkerRuntime:
             raise self.failed.result()
         await self._metrics.open(self.config.metrics_host, self.config.metrics_port)
         self.tasks.spawn(steps.run(), "step-loop")
-        log.info("worker_ready", endpoint=self._server.endpoint, model=self.config.model)
+        log.info("worker_ready", endpoint=self.endpoint, model=self.config.model)
 
     async def drain(self) -> None:
         """Leave the cluster: finish or hand on what runs here, give up what takes too long."""
         assert self._steps is not None
         assert self._stores is not None
-        self.is_draining = True
-        for store in self.stores:
-            store.tell()
-        self.wake()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HAND_ON_S):
-                while self.role.sequences():
-                    self.endings.removed.clear()
-                    await self.endings.removed.wait()
+                await self._hand_on_all()
         for sequence in self.role.sequences():
             self.endings.drop(sequence, "unavailable", "the worker is shutting down")
         async with self._steps.engine_free:  # the running step has ended, none follows
             self._stores.leave()
         log.info("worker_drained", num_tokens_computed=self.num_tokens_computed)
+
+    async def _hand_on_all(self) -> None:
+        """Take nothing new from now on; returns when nothing is held any more."""
+        self.is_draining = True
+        for store in self.stores:
+            store.tell()
+        self.wake()
+        while self.role.sequences():
+            self.endings.removed.clear()
+            await self.endings.removed.wait()
 
     async def close(self) -> None:
         self._metrics.close()
@@ -173,16 +184,16 @@ class WorkerRuntime:
     # ---- stores -------------------------------------------------------------------------------
 
     def _describe(self, member_id: str) -> Member:
-        assert self._server is not None
         return Member(
             member_id=member_id,
             role=self._role_name,
             name=self.config.name,
             host_id=self.seams.host_id,
             pid=self.seams.pid,
-            endpoint=self._server.endpoint,
+            endpoint=self.endpoint,
             fingerprint=self.info.fingerprint,
             model=self.config.model,
+            version=VERSION,
             max_model_len=self.info.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             mover=self.config.mover,
@@ -228,9 +239,26 @@ class WorkerRuntime:
     def _on_gateway(self, peer: bytes, message: Message) -> Message | None:
         if isinstance(message, Heartbeat):
             return Ok()
+        if isinstance(message, SetLogLevel):
+            change_log_level(message.level)
+            return Ok()
+        if isinstance(message, Drain):
+            if message.worker_id not in [store.member_id for store in self.stores]:
+                raise StaleError("this worker was another member when it was to be drained")
+            self.tasks.spawn(self._drain_for(peer, message.call_id), "drain")
+            return None
         if self.is_draining:
             raise UnavailableError("the worker is shutting down", retry_after_s=1)
         return self.role.on_gateway(peer, message)
+
+    async def _drain_for(self, peer: bytes, call_id: int) -> None:
+        """An operator has said so at a gateway. The process stays until it is stopped."""
+        log.info("draining", reason="an operator said so", num_held=len(self.role.sequences()))
+        await self._hand_on_all()
+        for store in self.stores:
+            store.tell()
+        log.info("worker_drained", num_tokens_computed=self.num_tokens_computed)
+        self.answer(peer, Ok(call_id=call_id))
 
     def _gateway_gone(self, peer: bytes) -> None:
         """It cannot be sent to: give its requests up. Through the store it can place them again."""

@@ -26,6 +26,7 @@ from common.messages import (
     WorkerCounts,
     decoder,
 )
+from common.net.addresses import reachable
 from common.net.link import Link
 from common.service import Seams, Tasks
 from common.worker.lease import BlockLease
@@ -138,7 +139,7 @@ class StoreLink:
     def _data_link(self) -> Link:
         return Link(
             self._seams.transport,
-            self.welcome.data_endpoint,
+            reachable(self.welcome.data_endpoint, self.link.endpoint),
             decoder(FromStore),
             role="kvstore",
             hello=self._introduction,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from scripts.cluster.admin_key import ADMIN_KEY_FILE, VARIABLE, make_admin_key
+from scripts.cluster.config_file import with_file
 from scripts.cluster.identity import KEYS_FOLDER, KEYS_VARIABLE, identify, service_settings
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.processes import die_with_parent, process_info
@@ -231,7 +232,8 @@ def main(argv: Sequence[str]) -> int:
     die_with_parent(signal.SIGTERM)
     try:
         identity = identify(argv[0] if argv else "", os.environ)
-        settings = service_settings(identity, os.environ)
+        known = with_file(identity.role, os.environ)
+        settings = service_settings(identity, known)
     except ClusterError as error:
         Log("keeper")("error", MISCONFIGURED, str(error))
         return os.EX_CONFIG
@@ -239,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     reasons = Reasons(honcho_above(os.environ))
     log = Log(identity.name)
     make_missing_keys(settings, log)
-    if identity.role == "gateway" and VARIABLE not in os.environ:
+    if identity.role == "gateway" and VARIABLE not in known:
         settings |= admin_key_setting(ADMIN_KEY_FILE, log)
     return keep(command, os.environ | settings, reasons, log, backoff=Backoff())
 

@@ -1,6 +1,7 @@
 """What `scripts/serve` is asked for, and the environment of the services that follows. Pure.
 
-Flags win over the environment, the environment over the file .env, and all over the defaults.
+Flags win over the environment, the environment over the file .env, that over the TOML file of
+--config, and all over the defaults.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.cluster.config_file import CONFIG_VARIABLE, with_file
 from scripts.cluster.identity import ROLES, ROOT, http_port_of, keys_folder, num_stores_of
 from scripts.cluster.ports import ClusterError, client_port, cluster_ports
 
 _EPILOG = """\
-Every other setting of the services is a variable KVBATON_<NAME>, in the environment or in the file
-.env: see .env.example and `python -m services.decode --help`.
+Every other setting of the services is a key of the file that --config names, or a variable
+KVBATON_<NAME>, in the environment or in the file .env: see docs/kvbaton.toml, .env.example and
+`python -m services.decode --help`.
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cluster to run. `environ` is the environment of all its processes."""
+    """The cluster to run. `environ` is the environment of all its processes, `known` that and the
+    file's settings, by role."""
 
     counts: dict[str, int]  # of processes, by role
     environ: dict[str, str]
+    known: dict[str, dict[str, str]]
     keys: Path | None  # their folder
     ports: dict[int, str]
     http_port: int
@@ -34,15 +39,20 @@ class Plan:
     sample: bool
 
     @property
+    def gateway(self) -> dict[str, str]:
+        """The settings of the gateways, as variables."""
+        return self.known["gateway"]
+
+    @property
     def host(self) -> str:
         """The address at which this host reaches its own gateway."""
-        host = self.environ.get("KVBATON_HOST", "127.0.0.1")
+        host = self.gateway.get("KVBATON_HOST", "127.0.0.1")
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
 
     @property
     def has_tls(self) -> bool:
         """Whether the gateways speak HTTPS."""
-        return bool(self.environ.get("KVBATON_TLS_CERT"))
+        return bool(self.gateway.get("KVBATON_TLS_CERT"))
 
     @property
     def http_url(self) -> str:
@@ -54,7 +64,7 @@ class Plan:
     def client_endpoint(self) -> str:
         """Where the first gateway takes msgpack clients."""
         default = f"tcp://127.0.0.1:{client_port(self.http_port, 1)}"
-        return self.environ.get("KVBATON_BIND", default)
+        return self.gateway.get("KVBATON_BIND", default)
 
 
 def parse_plan(
@@ -63,13 +73,18 @@ def parse_plan(
     """Exits with usage if a flag is wrong; raises ClusterError if they do not fit together."""
     options = _parser().parse_args(argv)
     merged = {**env_file, **environ, **_settings(options)}
-    http_port = http_port_of(merged)
-    counts = _counts(options, merged, num_cores)
-    merged.setdefault("KVBATON_LOG_LEVEL", "info" if options.verbose else "warning")
+    if path := merged.get(CONFIG_VARIABLE):
+        merged[CONFIG_VARIABLE] = str(Path(path).resolve())  # services run in the checkout's folder
+    known = {role: with_file(role, merged) for role in ROLES}
+    http_port = http_port_of(known["gateway"])
+    counts = _counts(options, known["gateway"] | known["decode"], num_cores)
+    if not any("KVBATON_LOG_LEVEL" in settings for settings in known.values()):
+        merged["KVBATON_LOG_LEVEL"] = "warning"
     return Plan(
         counts=counts,
         environ=merged,
-        keys=keys_folder(merged),
+        known=known,
+        keys=keys_folder(known["gateway"]),
         ports=cluster_ports(http_port, counts["gateway"], counts["kvstore"]),
         http_port=http_port,
         procfile=options.procfile,
@@ -94,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--config", metavar="FILE", type=Path, help="TOML file with settings of the services")
     add("--model", metavar="DIR", type=Path, help="folder of the model (default: models/demo)")
     add("--mode", choices=("disaggregated", "colocated"), help="colocated: no prefill workers")
     add("--engine", choices=("torch", "mock"), help="mock: tokens without arithmetic")
@@ -118,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> dict[str, str]:
     """The flags that are settings of the services, as variables."""
     values = {
+        CONFIG_VARIABLE: options.config,
         "KVBATON_MODEL": options.model and str(options.model.resolve()),
         "KVBATON_MODE": options.mode,
         "KVBATON_ENGINE": options.engine,

@@ -98,7 +98,7 @@ def show_hints(plan: Plan, screen: Screen) -> None:
         screen.line(f"{name:<12}{screen.styled(address, BOLD)}")
     screen.line()
     screen.line(f"curl -N {plan.http_url}/v1/completions -H 'Content-Type: application/json' \\")
-    if plan.environ.get("KVBATON_API_KEYS"):
+    if plan.gateway.get("KVBATON_API_KEYS"):
         screen.line("  -H 'Authorization: Bearer YOUR-API-KEY' \\")
     screen.line(f"  -d '{body}'")
     screen.line()
@@ -108,7 +108,7 @@ def show_hints(plan: Plan, screen: Screen) -> None:
     screen.line(f"    for token in client.generate({json.dumps(PROMPT)}, max_tokens={MAX_TOKENS}):")
     screen.line('        print(token.text, end="", flush=True)')
     screen.line()
-    if key_file := admin_key_file(plan.environ):
+    if key_file := admin_key_file(plan.gateway):
         ask = [str(ROOT / ".venv/bin/python"), "-m", "kvbaton", "audit"]
         flags = ["--gateway", plan.client_endpoint, "--admin-key-file", str(key_file)]
         flags += ["--keys", str(plan.keys or "")]

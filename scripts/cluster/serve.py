@@ -7,12 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from honcho.environ import parse as parse_env_file
 
 from common.kv.arena import LiveDisk
 from kvbaton.errors import KvbatonError
+from scripts.cluster.config_file import CONFIG_VARIABLE, check_file
 from scripts.cluster.honcho import Honcho
 from scripts.cluster.identity import KEYS_FOLDER, ROOT
 from scripts.cluster.keys import make_keys
@@ -88,7 +90,7 @@ def _end(honcho: Honcho, plan: Plan, screen: Screen) -> None:
     with suppress(OSError):  # of a terminal that is gone
         screen.progress("stopping")
     killed = honcho.stop()
-    LiveDisk().sweep_arenas(plan.environ.get("KVBATON_ARENA_DIR", DEFAULT_ARENA_DIR))
+    LiveDisk().sweep_arenas(plan.known["kvstore"].get("KVBATON_ARENA_DIR", DEFAULT_ARENA_DIR))
     with suppress(OSError):
         screen.end_progress()
         screen.line("stopped" + (f"; had to kill {len(killed)} processes" if killed else ""))
@@ -105,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_cores = len(os.sched_getaffinity(0))
     try:
         plan = parse_plan(arguments, os.environ, _env_file(), num_cores)
+        if path := plan.environ.get(CONFIG_VARIABLE):
+            check_file(Path(path))
         check_ports(plan)
         if plan.keys == KEYS_FOLDER:  # other folders are the user's
             make_keys(plan.keys)

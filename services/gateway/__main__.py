@@ -7,10 +7,11 @@ import uvloop
 from common.config import load_config
 from common.net.access import Access
 from common.service import serve
-from services.gateway.service import Gateway, GatewayConfig
+from services.gateway.config import GatewayConfig
+from services.gateway.service import Gateway
 
 if __name__ == "__main__":
-    config = load_config(GatewayConfig, "python -m services.gateway")
+    config = load_config(GatewayConfig, "gateway")
     access = Access("gateway", config.keys, config.insecure, [config.bind])
     main = serve(config.name, config.log_level, access, lambda seams: Gateway(config, seams))
     raise SystemExit(uvloop.run(main))

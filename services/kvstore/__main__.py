@@ -13,7 +13,7 @@ from services.kvstore.service import KvStore
 
 if __name__ == "__main__":
     keep_large_frames()
-    config = load_config(StoreConfig, "python -m services.kvstore")
+    config = load_config(StoreConfig, "kvstore")
     binds = [config.bind, config.data_bind]
     access = Access("kvstore", config.keys, config.insecure, binds)
     main = serve(config.name, config.log_level, access, lambda seams: KvStore(config, seams))

@@ -1,4 +1,4 @@
-"""What a store answers to an operator's questions: it looks at its books and asks its workers.
+"""What a store answers to an operator: it looks at its books, asks its workers, passes words on.
 
 The books are audit.py, the rows audit_rows.py; here are the questions under way and their time.
 """
@@ -11,20 +11,25 @@ from collections.abc import Callable
 
 import structlog
 
+from common.log import change_log_level
 from common.messages import (
     AskAudit,
+    AskStatus,
     AskWhy,
     Audited,
     Holdings,
     Member,
     Message,
+    Ok,
     ReportHoldings,
+    SetLogLevel,
+    StatusTold,
     Told,
 )
 from common.net.server import failed
 from common.seams import Clock
 from common.service import Tasks
-from kvbaton.admin import StoreAudit, StoreHistory
+from kvbaton.admin import MAX_ROWS, StoreAudit, StoreHistory
 from kvbaton.errors import KvbatonError, OverloadedError
 from services.kvstore.audit import View, check_books, compare, view_of
 from services.kvstore.audit_rows import (
@@ -35,6 +40,7 @@ from services.kvstore.audit_rows import (
 )
 from services.kvstore.broker import Broker
 from services.kvstore.members import Members
+from services.kvstore.status import member_statuses, store_status
 from services.kvstore.writers import Writers
 
 log = structlog.get_logger()
@@ -42,6 +48,8 @@ log = structlog.get_logger()
 ANSWER_TIMEOUT_S = 1.5
 _MAX_AUDITS = 8  # at once
 _MAX_NAMES = 4096  # of members, gone ones too
+
+Question = AskAudit | AskWhy | AskStatus | Holdings | SetLogLevel
 
 
 class _Question:
@@ -54,7 +62,8 @@ class _Question:
 
 
 class Admin:
-    """Answers audit and why. `broker()` is None before the first worker has joined.
+    """Answers operators. `name` is the store's; `broker()` is None before the first worker has
+    joined.
 
     `send(member_id, message)` queues a message for a member, if it is still there.
     """
@@ -66,9 +75,12 @@ class Admin:
         members: Members,
         writers: Writers,
         *,
+        name: str,
         send: Callable[[str, Message], None],
         broker: Callable[[], Broker | None],
     ) -> None:
+        self._store_name = name
+        self._started_at = clock.now()
         self._clock = clock
         self._tasks = tasks
         self._members = members
@@ -85,8 +97,13 @@ class Admin:
         if len(self._names) > _MAX_NAMES:
             self._names.popitem(last=False)
 
-    def handle(self, sender: Member, message: AskAudit | AskWhy | Holdings) -> Message | None:
+    def handle(self, sender: Member, message: Question) -> Message | None:
         """A question of a gateway, or a worker's answer. Raises KvbatonError to refuse it."""
+        if isinstance(message, SetLogLevel):
+            self._set_log_level(message)
+            return Ok()
+        if isinstance(message, AskStatus):
+            return self._status()
         if isinstance(message, Holdings):
             self._on_holdings(sender, message)
             return None
@@ -102,6 +119,24 @@ class Admin:
 
     def _name(self, member_id: str) -> str:
         return self._names.get(member_id, member_id)
+
+    # ---- status and log level -----------------------------------------------------------------
+
+    def _status(self) -> StatusTold:
+        broker, now = self._broker(), self._clock.now()
+        ledger = None if broker is None else broker.ledger
+        members = member_statuses(self._members, self._writers.all_lost(), now)
+        return StatusTold(
+            status=store_status(self._store_name, now - self._started_at, ledger),
+            members=list(members)[:MAX_ROWS],
+        )
+
+    def _set_log_level(self, message: SetLogLevel) -> None:
+        if not message.member_ids:
+            change_log_level(message.level)
+        for member_id in message.member_ids:
+            if self._members.role_of(member_id) == "gateway":
+                self._send(member_id, SetLogLevel(level=message.level))
 
     # ---- audit --------------------------------------------------------------------------------
 

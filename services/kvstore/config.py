@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import INSECURE_HELP, KEYS_HELP, setting
+from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
 
 
@@ -15,6 +15,7 @@ class StoreConfig:
     name: str = setting("kvstore.1", "name shown to people")
     bind: str = setting("tcp://127.0.0.1:5570", "where everyone reaches the store")
     data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
+    advertise: str = setting("", f"of --data-bind: {ADVERTISE_HELP}")
     kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
     arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
     prefix_cache: bool = setting(True, "whether prompts reuse the blocks of earlier ones")

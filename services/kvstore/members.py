@@ -14,6 +14,7 @@ class Members:
     def __init__(self, lost_after_s: float) -> None:
         self._members: dict[str, Member] = {}
         self._ready: set[str] = set()
+        self._joined_at: dict[str, float] = {}
         self._liveness: Liveness[str] = Liveness(lost_after_s)
 
     def __contains__(self, member_id: str) -> bool:
@@ -31,6 +32,7 @@ class Members:
     def join(self, member: Member, now: float) -> None:
         """A worker is not shown to gateways before it is ready."""
         self._members[member.member_id] = member
+        self._joined_at[member.member_id] = now
         self._liveness.heard(member.member_id, now)
 
     def heard(
@@ -52,10 +54,19 @@ class Members:
             self._ready.add(member_id)
         return is_new or load.is_draining != member.load.is_draining
 
+    def is_ready(self, member_id: str) -> bool:
+        """Whether a worker can take work."""
+        return member_id in self._ready
+
+    def joined_at(self, member_id: str) -> float:
+        """When a member has joined."""
+        return self._joined_at[member_id]
+
     def remove(self, member_id: str) -> Member | None:
         """The member has left or is lost. None if it was removed before."""
         self._liveness.forget(member_id)
         self._ready.discard(member_id)
+        self._joined_at.pop(member_id, None)
         return self._members.pop(member_id, None)
 
     def expire(self, now: float) -> list[str]:

@@ -12,6 +12,9 @@ from services.kvstore.history import History
 
 log = structlog.get_logger()
 
+# Where a request comes to this store and goes: the log of every process that it passes names it.
+_ENDS = frozenset({"handoff_opened", "handoff_released", "handoff_aborted"})
+
 
 class Notes:
     """Takes down what happens to the blocks of one pool and to their handoffs."""
@@ -30,9 +33,8 @@ class Notes:
     ) -> None:
         """A handoff has taken a step, by a member."""
         trace = {"trace": handoff.trace_id} if handoff.trace_id else {}
-        log.debug(
-            name, handoff=handoff.handoff_id, request=handoff.request_id, detail=detail, **trace
-        )
+        say = log.info if name in _ENDS else log.debug
+        say(name, handoff=handoff.handoff_id, request=handoff.request_id, detail=detail, **trace)
         self.history.note(
             name,
             handoff.handoff_id,

@@ -25,11 +25,8 @@ from common.cluster_metrics import StoreRow, store_families
 from common.kv.arena import ArenaError
 from common.kv.layout import KvLayout
 from common.messages import (
-    AskAudit,
-    AskWhy,
     Heartbeat,
     Hello,
-    Holdings,
     Leave,
     Member,
     Message,
@@ -43,10 +40,11 @@ from common.messages import Members as MembersMessage
 from common.messages.rights import RIGHTS
 from common.metrics import exposition, render
 from common.metrics_port import MetricsPort
+from common.net.addresses import advertised
 from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
-from services.kvstore.admin import Admin
+from services.kvstore.admin import Admin, Question
 from services.kvstore.audit_rows import handoffs_by_state
 from services.kvstore.broker import Broker
 from services.kvstore.config import StoreConfig
@@ -82,6 +80,7 @@ class KvStore:
             self._tasks,
             self._members,
             self._writers,
+            name=config.name,
             send=self._send,
             broker=lambda: self.broker,
         )
@@ -105,6 +104,7 @@ class KvStore:
             )
         welcome = Welcome(instance_id=self._instance_id)
         self._data = DataServer(self._seams, config.data_bind, self._members, welcome)
+        self._data_endpoint = advertised(self._data.endpoint, config.advertise)
         self._server = Server(
             self._seams.transport,
             config.bind,
@@ -181,12 +181,11 @@ class KvStore:
         if member.role == "gateway":
             self._shown = None
             asyncio.get_running_loop().call_soon(self._show_members)  # after the welcome
-        assert self._data is not None
         return Welcome(
             instance_id=self._instance_id,
             heartbeat_s=self.config.heartbeat_s,
             arena_path=self._memory.path,
-            data_endpoint=self._data.endpoint,
+            data_endpoint=self._data_endpoint,
             cache_secret=secret,
             host_id=self._seams.host_id,
             num_blocks=num_blocks,
@@ -377,7 +376,7 @@ class KvStore:
         if isinstance(message, Stopped):
             self._stopped(member, message.member_id)
             return Ok()
-        if isinstance(message, AskAudit | AskWhy | Holdings):
+        if isinstance(message, Question):
             return self._admin.handle(member, message)
         if self.serving is None:
             raise UnavailableError("no worker has joined yet", retry_after_s=1)

@@ -12,6 +12,8 @@ An abort at any point is confirmed with `quit` once our running step has ended.
 
 from __future__ import annotations
 
+import structlog
+
 from common.engine.work import Sampled, Work
 from common.messages import Aborted, Fill, Load, Message, Ok, Prefill, Quit, Seal, StaleError
 from common.step_times import due_at
@@ -20,6 +22,8 @@ from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.prefill.scheduler import PrefillScheduler
+
+log = structlog.get_logger()
 
 
 class PrefillRole:
@@ -101,6 +105,12 @@ class PrefillRole:
         finish_reason = sequence.finish_reason(self._runtime.info)
         self._runtime.emit(sequence, sampled, finish_reason)
         self._scheduler.remove(sequence)
+        log.info(
+            "prompt_computed",
+            **sequence.names,
+            num_tokens=sequence.num_prompt_tokens,
+            num_found=sequence.num_found,
+        )
         seal = Seal(
             handoff_id=sequence.handoff_id,
             epoch=sequence.epoch,

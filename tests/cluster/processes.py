@@ -47,10 +47,7 @@ class Cluster:
         self._store_ports = list(zip(store_ports[::2], store_ports[1::2], strict=True))
         self.arena_dir = Path(tempfile.mkdtemp(prefix="kvbaton-test-", dir="/dev/shm"))
         self._killed: set[str] = set()
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        self.base_url = f"http://127.0.0.1:{self.http_port}"
 
     def client(self, **options: Any) -> Client:
         """A msgpack client of the gateway."""

@@ -29,7 +29,7 @@ from common.messages.rights import RIGHTS
 from common.net.order import first_number
 from common.net.server import Server
 from common.service import Tasks, live_seams
-from kvbaton import protocol, questions
+from kvbaton import operations, protocol, questions
 from kvbaton.codec import encode
 from kvbaton.errors import KvbatonError
 from services.gateway.access.admin import Admin
@@ -42,10 +42,10 @@ from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model, says
 _MEMBER = "hello heartbeat leave stopped"
 _ANYBODY = "hello ping cancel models"
 _CLIENT = f"{_ANYBODY} generate score tokenize detokenize"
-_ADMIN = f"{_ANYBODY} audit why stats"
+_ADMIN = f"{_ANYBODY} audit why stats status drain log_level"
 EXPECTED = {
     "kvstore": {
-        "gateway": f"{_MEMBER} open abort ask_audit ask_why drop_cache",
+        "gateway": f"{_MEMBER} open abort ask_audit ask_why ask_status drop_cache log_level",
         "prefill": f"{_MEMBER} fill commit seal quit discard holdings",
         "decode": f"{_MEMBER} fill commit seal quit discard holdings claim release suspend yield"
         " lease give_back",
@@ -54,8 +54,8 @@ EXPECTED = {
         "prefill": "hello heartbeat put get",
         "decode": "hello heartbeat put get",
     },
-    "prefill": {"gateway": "hello heartbeat prefill"},
-    "decode": {"gateway": "hello heartbeat reserve"},
+    "prefill": {"gateway": "hello heartbeat prefill drain log_level"},
+    "decode": {"gateway": "hello heartbeat reserve drain log_level"},
     "gateway": {"client": _CLIENT, "admin": _ADMIN, "": f"{_CLIENT} {_ADMIN}"},
 }
 UNION_OF = {
@@ -246,6 +246,11 @@ TOKENIZE = questions.Tokenize(id=1, text="x")
 DETOKENIZE = questions.Detokenize(id=1, token_ids=[5])
 AUDIT = protocol.Audit(id=1, admin_key=ADMIN_KEY)
 WHY = protocol.Why(id=1, admin_key=ADMIN_KEY, name="x")
+OPERATIONS = (
+    operations.Status(id=1, admin_key=ADMIN_KEY),
+    operations.Drain(id=1, admin_key=ADMIN_KEY, member="decode.1"),
+    operations.SetLogLevel(id=1, admin_key=ADMIN_KEY, member="decode.1", level="debug"),
+)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,21 @@ async def test_questions_take_the_right_to_them(user: str, answers: list[str]) -
         )
 
 
+@pytest.mark.parametrize(
+    ("user", "answers"),
+    [
+        ("client/acme/bob", ["forbidden"] * 3),
+        ("admin", ["Standing", "not_found", "not_found"]),
+        ("", ["Standing", "not_found", "not_found"]),
+        *((role, ["forbidden"] * 3) for role in ("gateway", "kvstore", "prefill", "decode")),
+    ],
+)
+async def test_commands_take_an_operators_right(user: str, answers: list[str]) -> None:
+    async with Face() as face:
+        await face.hello(user)
+        assert [await face.say(each, user) for each in OPERATIONS] == answers
+
+
 async def test_questions_too_come_after_hello() -> None:
     async with Face() as face:
         for message in (SCORE, TOKENIZE, DETOKENIZE, questions.Models(id=1)):
@@ -298,6 +318,9 @@ async def test_an_operators_key_file_alone_does_not_open_the_books() -> None:
     async with Face() as face:
         await face.hello("admin")
         assert await face.say(protocol.Audit(id=1, admin_key="a wrong key"), "admin") == "forbidden"
+        for message in OPERATIONS:
+            wrong = msgspec.structs.replace(message, admin_key="a wrong key")
+            assert await face.say(wrong, "admin") == "forbidden"
 
 
 async def test_a_request_counts_for_the_tenant_of_its_key() -> None:

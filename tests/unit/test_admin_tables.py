@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,5 +146,13 @@ def test_the_exit_status_tells_what_was_found_out(
     key_file.touch(mode=0o600)
     key_file.write_text("a key that is long enough\n")
     answer = Audited(id=1, closes=status == 0, stores=stores)
-    monkeypatch.setattr("kvbaton.__main__.audit", lambda *_: answer)
+
+    @asynccontextmanager
+    async def operator_of(_options: object) -> AsyncIterator[SimpleNamespace]:
+        async def audit() -> Audited:
+            return answer
+
+        yield SimpleNamespace(audit=audit)
+
+    monkeypatch.setattr("kvbaton.commands.books.operator_of", operator_of)
     assert main(["audit", "--json", "--admin-key-file", str(key_file)]) == status

@@ -21,7 +21,7 @@ class Config:
 
 
 def load(*argv: str, **environ: str) -> Config:
-    return load_config(Config, "test", argv, environ)
+    return load_config(Config, "decode", argv, environ)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> str:

@@ -6,6 +6,16 @@ from pathlib import Path
 
 from kvbaton.admin import HandoffAudit, HistoryEvent, MemberAudit, StoreAudit, StoreHistory
 from kvbaton.conversation import ChatMessage, FunctionCall, ToolCall
+from kvbaton.operations import (
+    Drain,
+    Drained,
+    LogLevelSet,
+    MemberStatus,
+    SetLogLevel,
+    Standing,
+    Status,
+    StoreStatus,
+)
 from kvbaton.protocol import (
     Accepted,
     Audit,
@@ -182,6 +192,10 @@ CLIENT_MESSAGES: dict[str, ClientMessage] = {
     "audit": Audit(id=2, admin_key="a key of 16 chars"),
     "why_block": Why(id=3, admin_key="a key of 16 chars", block=17, store=1),
     "why_request": Why(id=3, admin_key="a key of 16 chars", name="chatcmpl-0123abcd"),
+    "status": Status(id=4, admin_key="a key of 16 chars"),
+    "drain": Drain(id=5, admin_key="a key of 16 chars", member="decode.1"),
+    "drain_forced": Drain(id=5, admin_key="a key of 16 chars", member="0123abcd", force=True),
+    "log_level": SetLogLevel(id=6, admin_key="a key of 16 chars", member="all", level="debug"),
 }
 
 GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
@@ -329,6 +343,41 @@ GATEWAY_MESSAGES: dict[str, GatewayMessage] = {
                 ],
             )
         ],
+    ),
+    "standing": Standing(
+        id=4,
+        gateway="gateway.1",
+        model="demo",
+        version="0.1.0",
+        members=[
+            MemberStatus(
+                member_id="0123456789abcdef0123456789abcdef",
+                name="decode.1",
+                role="decode",
+                state="ready",
+                version="0.1.0",
+                age_s=1.5,
+                host_id="h",
+                pid=17,
+                endpoint="tcp://127.0.0.1:40001",
+                num_running=2,
+                num_places=64,
+            )
+        ],
+        stores=[
+            StoreStatus(
+                endpoint="tcp://127.0.0.1:5570",
+                name="kvstore.1",
+                version="0.1.0",
+                age_s=2.5,
+                num_blocks=8,
+                blocks={"free": 8},
+            )
+        ],
+    ),
+    "drained": Drained(id=5, name="decode.1", member_id="0123456789abcdef0123456789abcdef"),
+    "log_level_set": LogLevelSet(
+        id=6, names=["gateway.1", "kvstore.1"], problems={"decode.1": "no answer in time"}
     ),
     "pong": Pong(instance_id="0123456789abcdef0123456789abcdef"),
     "error": Error(

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvbaton import admin, codec, conversation, errors, protocol, questions, sampling
+from kvbaton import admin, codec, conversation, errors, operations, protocol, questions, sampling
 from tests.wire.golden import golden_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,14 @@ RECORDS: dict[str, type[msgspec.Struct]] = {
     "### `pong`": protocol.Pong,
     "### `audit`": protocol.Audit,
     "### `why`": protocol.Why,
+    "### `status`": operations.Status,
+    "### `drain`": operations.Drain,
+    "### `log_level`": operations.SetLogLevel,
+    "### `standing`": operations.Standing,
+    "The status of a member:": operations.MemberStatus,
+    "The status of a store:": operations.StoreStatus,
+    "### `drained`": operations.Drained,
+    "### `log_level_set`": operations.LogLevelSet,
     "### `audited`": protocol.Audited,
     "### `told`": protocol.Told,
     "The audit of a store:": admin.StoreAudit,
@@ -117,10 +125,10 @@ def test_the_examples_are_the_golden_bytes(name: str, lines: str) -> None:
 def test_the_example_shows_every_kind_of_message() -> None:
     shown = {name.partition("_")[0] for name, _ in EXAMPLES}
     assert shown == {
-        *("hello", "generate", "cancel", "ping", "audit", "why"),
+        *("hello", "generate", "cancel", "ping", "audit", "why", "status", "drain", "log"),
         *("score", "tokenize", "detokenize", "models", "stats"),
         *("welcome", "accepted", "prompt", "tokens", "done", "error", "pong", "audited", "told"),
-        *("scored", "tokenized", "detokenized", "model", "counted"),
+        *("scored", "tokenized", "detokenized", "model", "counted", "standing", "drained"),
     }
 
 

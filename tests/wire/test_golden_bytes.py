@@ -39,13 +39,14 @@ def test_every_golden_file_is_held_by_a_message() -> None:
 def test_every_kind_of_message_has_golden_bytes() -> None:
     tags = [type(message).__struct_config__.tag for message in CLIENT_MESSAGES.values()]
     assert set(tags) == {
-        *("hello", "generate", "cancel", "ping", "audit", "why"),
+        *("hello", "generate", "cancel", "ping", "audit", "why", "status", "drain", "log_level"),
         *("score", "tokenize", "detokenize", "models", "stats"),
     }
     tags = [type(message).__struct_config__.tag for message in GATEWAY_MESSAGES.values()]
     assert set(tags) == {
         *("welcome", "accepted", "prompt", "tokens", "done", "error", "pong", "audited", "told"),
         *("scored", "tokenized", "detokenized", "model_list", "counted"),
+        *("standing", "drained", "log_level_set"),
     }
 
 

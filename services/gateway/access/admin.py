@@ -1,4 +1,4 @@
-"""Audit and why: what an operator with the admin key can ask, put to every KV store."""
+"""Who has the admin key may ask and command; audit and why are put to every KV store here."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import asyncio
 import hmac
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import structlog
 
 from common.config import StartError
-from common.messages import AskAudit, AskWhy, Audited, CacheDropped, DropCache, Message, Told
+from common.messages import AskAudit, AskWhy, Audited, CacheDropped, DropCache, Told
 from common.seams import Clock
 from kvbaton import protocol
 from kvbaton.admin import StoreAudit, StoreHistory
 from kvbaton.errors import ForbiddenError, InvalidRequestError, KvbatonError, UnavailableError
 from kvbaton.keys import OTHERS, read_with_mode
+from services.gateway.access.asking import ask
+from services.gateway.access.operator import Operator
 from services.gateway.routing.peers import Store
 
 log = structlog.get_logger()
 
-M = TypeVar("M", bound=Message)
-
-STORE_TIMEOUT_S = 5.0
 MIN_KEY_CHARS = 16
 _LOG_INTERVAL_S = 10.0
 _ANSWER_PREFIXES = ("chatcmpl-", "cmpl-")  # of the ids in answers of the OpenAI API
@@ -52,24 +50,30 @@ def load_admin_key(path: str) -> str:
 
 
 class Admin:
-    """Answers operators. Without a `key` it refuses all."""
+    """Answers operators. Without a `key` it refuses all. Without an `operator` it knows no workers
+    and has no name."""
 
-    def __init__(self, key: str, stores: Sequence[Store], clock: Clock) -> None:
+    def __init__(
+        self, key: str, stores: Sequence[Store], clock: Clock, operator: Operator | None = None
+    ) -> None:
         self._key = key
         self._stores = stores
+        self._operator = operator or Operator(stores, {})
         self._clock = clock
         self._num_refused = 0  # since the log said so last
         self._log_again_at = 0.0
 
     async def answer(
-        self, message: protocol.Audit | protocol.Why
-    ) -> AsyncGenerator[protocol.Audited | protocol.Told, None]:
+        self, message: protocol.AdminQuestion
+    ) -> AsyncGenerator[protocol.AdminAnswer, None]:
         """The one answer. Raises the KvbatonError the question ends with."""
         self._check(message.admin_key)
         if isinstance(message, protocol.Why):
             yield await self._why(message)
-        else:
+        elif isinstance(message, protocol.Audit):
             yield await self._audit(message)
+        else:
+            yield await self._operator.answer(message)
 
     def _check(self, key: str) -> None:
         if not self._key:
@@ -94,7 +98,7 @@ class Admin:
 
     async def _audit_store(self, store: Store) -> StoreAudit:
         try:
-            audit = (await _ask(store, AskAudit(), Audited)).audit
+            audit = (await ask(store, AskAudit(), Audited)).audit
         except KvbatonError as error:
             audit = StoreAudit(problem=error.message)
         return msgspec.structs.replace(audit, store=store.index, endpoint=store.link.endpoint)
@@ -103,8 +107,8 @@ class Admin:
         stores = self._stores_of(message)
         name = message.name or ""
         inner = [name.removeprefix(each) for each in _ANSWER_PREFIXES if name.startswith(each)]
-        ask = AskWhy(block=message.block, names=[name, *inner])
-        histories = await asyncio.gather(*(_history(store, ask) for store in stores))
+        question = AskWhy(block=message.block, names=[name, *inner])
+        histories = await asyncio.gather(*(_history(store, question) for store in stores))
         return protocol.Told(id=message.id, stores=histories)
 
     def _stores_of(self, message: protocol.Why) -> Sequence[Store]:
@@ -127,9 +131,9 @@ class Admin:
         return self._stores
 
 
-async def _history(store: Store, ask: AskWhy) -> StoreHistory:
+async def _history(store: Store, question: AskWhy) -> StoreHistory:
     try:
-        history = (await _ask(store, msgspec.structs.replace(ask), Told)).history
+        history = (await ask(store, msgspec.structs.replace(question), Told)).history
     except KvbatonError as error:
         history = StoreHistory(problem=error.message)
     return msgspec.structs.replace(history, store=store.index, endpoint=store.link.endpoint)
@@ -139,17 +143,7 @@ async def drop_cache(stores: Sequence[Store]) -> int:
     """Nobody shall find what these stores have cached by now. Returns how many blocks that were.
     Raises UnavailableError for a store that does not answer: what it has may still be found."""
     try:
-        answers = await asyncio.gather(
-            *(_ask(store, DropCache(), CacheDropped) for store in stores)
-        )
+        answers = await asyncio.gather(*(ask(store, DropCache(), CacheDropped) for store in stores))
     except KvbatonError as error:
         raise UnavailableError(f"a KV store may still have its cache: {error.message}") from error
     return sum(answer.num_blocks for answer in answers)
-
-
-async def _ask(store: Store, message: Message, kind: type[M]) -> M:
-    if not store.is_up:
-        raise KvbatonError("it cannot be reached")
-    answer = await store.link.call(message, timeout_s=STORE_TIMEOUT_S)
-    assert isinstance(answer, kind)
-    return answer

@@ -36,7 +36,7 @@ from kvbaton.protocol import (
     MAX_REQUEST_BYTES,
     MAX_REQUESTS_IN_FLIGHT,
     PROTOCOL_VERSION,
-    Audit,
+    AdminQuestion,
     Cancel,
     ClientMessage,
     Error,
@@ -47,7 +47,6 @@ from kvbaton.protocol import (
     Pong,
     Request,
     Welcome,
-    Why,
     client_message_decoder,
 )
 from services.gateway.access.admin import Admin
@@ -242,7 +241,7 @@ class ClientFace:
         )
 
     def _answers(self, peer: bytes, message: Request) -> AsyncGenerator[GatewayMessage, None]:
-        if isinstance(message, Audit | Why):
+        if isinstance(message, AdminQuestion):
             return self._admin.answer(message)
         tenant = tenant_of(self._users[peer])
         if isinstance(message, Generate):

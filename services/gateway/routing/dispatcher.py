@@ -21,7 +21,15 @@ import asyncio
 import structlog
 from prometheus_client import Counter, Gauge
 
-from common.messages import Aborted, AbortHandoff, Dropped, HandoffOpened, OutputTokens, StaleError
+from common.messages import (
+    Aborted,
+    AbortHandoff,
+    Dropped,
+    HandoffOpened,
+    Load,
+    OutputTokens,
+    StaleError,
+)
 from common.metrics import REGISTRY
 from common.service import Seams, Tasks, first_of
 from kvbaton.errors import (
@@ -98,6 +106,7 @@ class Dispatcher:
             on_store_silent=self._on_store_silent,
             on_store_forgot=self._on_store_forgot,
             on_news=lambda: self._placer.on_news(),  # noqa: PLW0108 - it is made of the fleet
+            load=self._load,
         )
         self.fleet = Fleet(seams, tasks, name, stores, events)
         self._chooser = Chooser(self.fleet, seams.clock, routing)
@@ -142,6 +151,13 @@ class Dispatcher:
 
     def stats(self) -> dict[str, float]:
         return {"requests_running": self._admission.num_requests} | self.fleet.stats()
+
+    def _load(self) -> Load:
+        return Load(
+            num_running=self.metrics.num_running,
+            num_waiting=self.metrics.num_waiting,
+            is_draining=self._is_draining,
+        )
 
     def _served(self, stream: RequestStream) -> None:
         self._admission.end(stream, self._clock.now())

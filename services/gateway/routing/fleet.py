@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from common.log import change_log_level
 from common.messages import (
     INTERNAL_VERSION,
     Aborted,
@@ -19,10 +20,12 @@ from common.messages import (
     Heartbeat,
     Hello,
     Leave,
+    Load,
     Member,
     Members,
     Message,
     OutputTokens,
+    SetLogLevel,
     Welcome,
     decoder,
 )
@@ -30,6 +33,7 @@ from common.net.link import Link
 from common.net.transport import TransportError
 from common.service import Seams, Tasks
 from kvbaton.errors import ConnectionLostError, KvbatonError
+from kvbaton.version import VERSION
 from services.gateway.routing.peers import Store, Worker
 
 log = structlog.get_logger()
@@ -49,6 +53,7 @@ class FleetEvents:
     on_store_silent: Callable[[Store], None]  # said at each heartbeat it does not answer
     on_store_forgot: Callable[[Store], None]  # it has ended what it had for us
     on_news: Callable[[], None]  # who can take work has changed
+    load: Callable[[], Load]  # our own, for operators
 
 
 class Fleet:
@@ -133,6 +138,8 @@ class Fleet:
                     store.link.send(AbortHandoff(handoff_id=message.handoff_id))
             elif isinstance(message, HandoffOpened):  # its request was cancelled meanwhile
                 store.link.send(AbortHandoff(handoff_id=message.handoff_id))
+            elif isinstance(message, SetLogLevel):
+                change_log_level(message.level)
 
         store.link = Link(
             self._seams.transport,
@@ -155,6 +162,7 @@ class Fleet:
             host_id=self._seams.host_id,
             pid=self._seams.pid,
             fingerprint=fingerprint,
+            version=VERSION,
         )
         return Hello(internal_version=INTERNAL_VERSION, member=member)
 
@@ -163,7 +171,8 @@ class Fleet:
             interval_s = store.welcome.heartbeat_s
             await asyncio.sleep(interval_s)
             try:
-                await store.link.call(Heartbeat(), timeout_s=interval_s * _HEARTBEATS_MISSED)
+                beat = Heartbeat(load=self._events.load())
+                await store.link.call(beat, timeout_s=interval_s * _HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 self._store_lost(store, error.message)
                 self._events.on_store_silent(store)
