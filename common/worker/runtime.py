@@ -59,7 +59,7 @@ from kvbaton.traceparent import trace_id
 
 log = structlog.get_logger()
 
-HAND_ON_S = 2.5  # of the time that a drain may take
+_LEAVE_S = 1.0  # of the time that a drain may take: for the last step, and to leave the stores
 
 
 class WorkerRuntime:
@@ -96,6 +96,9 @@ class WorkerRuntime:
 
     async def start(self) -> None:
         """Load the model, bind, join every store; returns once steps can run."""
+        notifier = self.seams.notifier
+        notifier.describe = self._describe_load
+        notifier.status(f"loading {self.config.model}")
         engine = self._engine = await self._make_engine(self.config)
         self.info = engine.info
         self.block_size = self.info.layout.block_size
@@ -103,7 +106,13 @@ class WorkerRuntime:
         self.endings = Endings(self.role, self.answer, self.store_of)
         self.publisher = Publisher(self.tasks, self.endings)
         steps = self._steps = StepLoop(
-            engine, self, self.endings, self.seams.clock, fits=self.step_fits, counts=self._counts
+            engine,
+            self,
+            self.endings,
+            self.seams.clock,
+            notifier,
+            fits=self.step_fits,
+            counts=self._counts,
         )
         self._server = Server(
             self.seams.transport,
@@ -130,6 +139,7 @@ class WorkerRuntime:
             counts=self.counts,
             handle=self._on_store,
         )
+        notifier.status(f"waiting for {self.config.stores}")
         await first_of(self.tasks.spawn(stores.attached.wait(), "attach"), self.failed)
         if self.failed.done():
             raise self.failed.result()
@@ -146,7 +156,7 @@ class WorkerRuntime:
             store.tell()
         self.wake()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HAND_ON_S):
+            async with asyncio.timeout(max(0.0, self.config.drain_s - _LEAVE_S)):
                 while self.role.sequences():
                     self.endings.removed.clear()
                     await self.endings.removed.wait()
@@ -364,6 +374,14 @@ class WorkerRuntime:
         if self._server is not None:
             self._counts.num_messages_refused = self._server.refusals.num
         return self._counts
+
+    def _describe_load(self) -> str:
+        """For the status that the supervisor shows."""
+        load = self.role.load()
+        return (
+            f"serving: {load.num_running} running, {load.num_waiting} waiting, "
+            f"{load.tokens_per_s:.0f} tokens/s"
+        )
 
     def metrics(self) -> bytes:
         """For its own /metrics."""
