@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,7 +22,12 @@ class Supervisor:
 
     def listen(self) -> list[str]:
         """The lines that came since the last call, without waiting."""
-        return self._take(flags=socket.MSG_DONTWAIT)
+        self.socket.settimeout(0)
+        lines: list[str] = []
+        with suppress(BlockingIOError):
+            while True:
+                lines += self._take()
+        return lines
 
     def wait_for(self, line: str, timeout_s: float) -> list[str]:
         """Wait until this line has come, or one that begins so; the lines up to it."""
@@ -29,20 +35,15 @@ class Supervisor:
         lines: list[str] = []
         while not any(each.startswith(line) for each in lines):
             self.socket.settimeout(max(0.001, deadline - time.monotonic()))
-            lines += self._take(most=1)
+            lines += self._take()
         return lines
 
     async def wait_for_async(self, line: str) -> list[str]:
         """The same, while the event loop turns."""
         return await asyncio.to_thread(self.wait_for, line, 20)
 
-    def _take(self, *, flags: int = 0, most: int = 1_000_000) -> list[str]:
-        lines: list[str] = []
-        for _ in range(most):
-            try:
-                lines += self.socket.recv(65536, flags).decode().splitlines()
-            except BlockingIOError:
-                break
+    def _take(self) -> list[str]:
+        lines = self.socket.recv(65536).decode().splitlines()
         self.heard += lines
         return lines
 

@@ -23,7 +23,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
-from common.net.access import Access
+from common.net.access import Access, Keys
 from common.net.link import Link
 from common.net.zmq_transport import ZmqTransport
 from common.service import live_seams
@@ -48,11 +48,7 @@ def ask_store(
         own = Access(role, str(keys or ""), keys is None, []).load()
     except StartError as error:
         return StoreAnswer(endpoint, role, is_open=True, problem=str(error))
-    transport = ZmqTransport(own)
-    try:
-        return asyncio.run(_greet(transport, endpoint, role, fingerprint, layout))
-    finally:
-        transport.close()
+    return asyncio.run(_ask(own, endpoint, role, fingerprint, layout))
 
 
 def _connect(endpoint: str) -> str:
@@ -65,6 +61,16 @@ def _connect(endpoint: str) -> str:
             return ""
     except OSError as error:
         return f"cannot connect: {error.strerror or error}"
+
+
+async def _ask(
+    keys: Keys | None, endpoint: str, role: str, fingerprint: str, layout: KvLayout | None
+) -> StoreAnswer:
+    transport = ZmqTransport(keys)
+    try:
+        return await _greet(transport, endpoint, role, fingerprint, layout)
+    finally:
+        transport.close()
 
 
 async def _greet(

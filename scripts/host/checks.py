@@ -22,8 +22,8 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is ok, warning (it runs, but worse than it could) or error (it will not run). `remedy`
-    says what to do; "" where all is well."""
+    """`level` is ok, warning (it runs, but worse than it could) or error (it will not run).
+    `remedy` says what to do; "" where all is well."""
 
     level: str
     subject: str
@@ -33,12 +33,12 @@ class Finding:
 
 def findings(facts: Facts) -> list[Finding]:
     """What there is to say, in the order in which things are needed."""
-    checks = (_python, _packages, _torch, _gpu, _processor, _compiler, _memory, _limits)
-    checks += (_clock, _keys, _ports, _model, _stores)
-    return [finding for check in checks for finding in check(facts)]
+    on_host = [_python, _packages, _torch, _gpu, _processor, _compiler, _memory, _limits, _clock]
+    of_cluster = [_keys, _ports, _model, _stores]
+    return [finding for check in (*on_host, *of_cluster) for finding in check(facts)]
 
 
-# ---- what is installed ----------------------------------------------------------------------------
+# ---- what is installed --------------------------------------------------------------------------
 
 
 def _python(facts: Facts) -> Iterator[Finding]:
@@ -82,7 +82,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
             WARNING,
             "torch",
             "its CUDA build takes gigabytes that this host has no use for",
-            "KVBATON_TORCH_INDEX=https://download.pytorch.org/whl/cpu scripts/setup in a new folder",
+            "remove .venv, KVBATON_TORCH_INDEX=https://download.pytorch.org/whl/cpu scripts/setup",
         )
 
 
@@ -255,8 +255,8 @@ def _ports(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 WARNING,
                 "ports",
-                f"port {bind.port} of {bind.address}, for {bind.owner}, cannot be had: {bind.error}",
-                f"nothing to do if {bind.owner} runs by now; else see `ss -ltnp`, or choose another",
+                f"port {bind.port} of {bind.address}, for {bind.owner}: {bind.error}",
+                f"nothing, if {bind.owner} runs by now; else see `ss -ltnp`, or choose another",
             )
     clashes = {port: names for port, names in owners.items() if len(names) > 1}
     for port, names in clashes.items():

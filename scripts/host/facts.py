@@ -65,9 +65,9 @@ class Bind:
 
 @dataclass(frozen=True)
 class StoreAnswer:
-    """What a KV store said to a hello of ours. `as_role`: whose key was used. `problem` "": it would
-    take us in. `field`: what it found fault with. `fingerprint`: of the model it serves, where we
-    were told."""
+    """What a KV store said to a hello of ours. `as_role`: whose key was used. `problem` "": it
+    would take us in. `field`: what it found fault with. `fingerprint`: of the model it serves,
+    where we were told."""
 
     endpoint: str
     as_role: str

@@ -62,7 +62,7 @@ class Tree:
         for entry in entries:
             self._put(entry, former, manifest)
         if venv is not None:
-            self._link(self.at(self._prefix / ".venv"), venv, manifest)
+            self._link(self.at(self._prefix / ".venv"), venv)
         self._remove(set(former.files) - set(manifest.files), former)
         if not self._dry:
             manifest.write(self.manifest_file)
@@ -80,7 +80,7 @@ class Tree:
             if not self._dry:
                 _write(target, content, mode)
 
-    def _link(self, target: Path, venv: Path, manifest: Manifest) -> None:
+    def _link(self, target: Path, venv: Path) -> None:
         if target.is_symlink() and target.readlink() == venv:
             return
         self._say("link", self._prefix / ".venv")
@@ -142,9 +142,7 @@ def _digest(path: Path) -> str:
 
 
 def _is_same(path: Path, content: bytes, mode: int) -> bool:
-    return (
-        path.is_file() and path.stat().st_mode & 0o777 == mode and path.read_bytes() == content
-    )
+    return path.is_file() and path.stat().st_mode & 0o777 == mode and path.read_bytes() == content
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:

@@ -1,6 +1,6 @@
-"""`scripts/install`: lays kvbaton out on a host, with systemd units. Needs Python's own library only.
+"""`scripts/install`: lays kvbaton out on a host, with systemd units.
 
-It starts and enables nothing: it prints the commands for that.
+It starts and enables nothing: it prints the commands for that. It needs Python's own library only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _EPILOG = """\
-A second run changes what differs: that is how one upgrades. Settings that are there stay as they are.
+A second run changes what differs: that is how one upgrades. Settings that are there stay.
 docs/systemd.md leads from bare machines to a cluster.
 """
 

@@ -48,7 +48,7 @@ class Wanted:
         """Raises ClusterError, which names the option."""
         if not _SAFE_PATH.fullmatch(str(self.prefix)):
             raise ClusterError(
-                f"--prefix must be an absolute path of letters, digits, . _ and -, got {self.prefix}"
+                f"--prefix must be an absolute path of letters, digits, . _ -, got {self.prefix}"
             )
         for option, address in (("--address", self.address), ("--http", self.http[0])):
             if not _ADDRESS.fullmatch(address):
@@ -138,7 +138,7 @@ def _settings(wanted: Wanted) -> Iterator[Entry]:
 def _setting(name: str, whose: str, lines: list[str]) -> Entry:
     head = [
         f"# Settings of {whose}. Every flag of a service is a variable here:",
-        "# see docs/operations.md. They are read when a unit starts. No secrets: anybody may read this.",
+        "# see docs/operations.md. Read when a unit starts. No secrets: anybody may read this.",
     ]
     text = "".join(f"{line}\n" for line in [*head, *lines])
     return Entry(SETTINGS / f"{name}.env", text=text, is_setting=True)

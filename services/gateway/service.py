@@ -34,6 +34,8 @@ from services.gateway.text.model import TextModel
 
 log = structlog.get_logger()
 
+WORKER_ROLES = ("prefill", "decode")
+
 
 @dataclass(frozen=True)
 class GatewayConfig:
@@ -229,10 +231,8 @@ class Gateway:
         """For the status that the supervisor shows."""
         assert self._dispatcher is not None
         stats = self._dispatcher.stats()
-        return (
-            f"serving: {stats['requests_running']:.0f} requests, "
-            f"{stats['prefill_workers']:.0f} prefill and {stats['decode_workers']:.0f} decode workers"
-        )
+        workers = ", ".join(f"{stats[f'{role}_workers']:.0f} {role}" for role in WORKER_ROLES)
+        return f"serving: {stats['requests_running']:.0f} requests; workers: {workers}"
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():

@@ -59,7 +59,7 @@ async def test_a_connection_that_has_not_asked_yet_may_and_an_idle_one_is_closed
         assert b"200" in await idle_reader.readuntil(b"\r\n\r\n")
         reader, writer = await asyncio.open_connection("127.0.0.1", face.port)
         assert face._server is not None
-        while len(face._server.server_state.connections) < 2:  # accepted
+        while len(face._server.server_state.connections) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         leaving = asyncio.ensure_future(face.hand_over())
         assert await idle_reader.read() == b""

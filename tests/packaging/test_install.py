@@ -1,7 +1,8 @@
-"""scripts/install into a scratch root: what it makes, keeps and takes away; a cluster from there."""
+"""scripts/install into a scratch root: what it makes, keeps, takes away; a cluster from there."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from common.kv.layout import KvLayout
 from scripts.cluster.keys import make_keys
+from scripts.host.ask_store import ask_store
+from scripts.host.checks import ERROR, findings
+from scripts.host.env_files import instances
+from scripts.host.gather import gather
 from tests.packaging.units import Installed, Process
 from tests.ports import free_ports
 
@@ -42,7 +48,7 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(tmp_path: Path) -> None:
     said = install(tmp_path, "--dry-run", "--role", "decode", "--stores", "tcp://10.0.0.1:5570")
     assert "write /etc/systemd/system/kvbaton-decode@.service" in said
     assert "write /etc/kvbaton/decode-1.env" in said
-    assert not any("gateway@" in line for line in said)
+    assert not any("etc/systemd/system/kvbaton-gateway" in line for line in said)
     assert everything(tmp_path) == {}
 
 
@@ -85,9 +91,7 @@ def test_a_second_run_changes_nothing_and_settings_are_the_operators(tmp_path: P
         (["--uninstall"], "--prefix /opt/kvbaton: nothing is installed there"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(
-    tmp_path: Path, flags: list[str], reason: str
-) -> None:
+def test_what_cannot_be_is_refused_in_words(tmp_path: Path, flags: list[str], reason: str) -> None:
     (said,) = install(tmp_path, *flags, status=2)
     assert reason in said
     assert everything(tmp_path) == {}
@@ -115,15 +119,20 @@ class Host:
         self.http_port, *ports = free_ports(4)
         install(root, "--venv", sys.prefix, "--http", f"127.0.0.1:{self.http_port}")
         self.settings = root / "etc/kvbaton"
-        make_keys(self.settings / "keys")
-        self._edit("common", f"KVBATON_STORES=tcp://127.0.0.1:{ports[0]}")
+        self.keys = self.settings / "keys"
+        self.store = f"tcp://127.0.0.1:{ports[0]}"
+        make_keys(self.keys)
+        self._edit("common", f"KVBATON_STORES={self.store}")
         self._edit("gateway-1", f"KVBATON_BIND=tcp://127.0.0.1:{ports[2]}")
         self._edit(
             "kvstore-1",
-            f"KVBATON_BIND=tcp://127.0.0.1:{ports[0]}\n"
+            f"KVBATON_BIND={self.store}\n"
             f"KVBATON_DATA_BIND=tcp://127.0.0.1:{ports[1]}\n"
             f"KVBATON_ARENA_DIR={arena_dir}\nKVBATON_KV_BYTES=32M",
         )
+        kernels = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        for worker in ("prefill-1", "decode-1"):
+            self._edit(worker, f"XDG_CACHE_HOME={kernels}")  # to compile them takes long
         self.listener = self.installed.listener()
 
     def _edit(self, name: str, lines: str) -> None:
@@ -152,7 +161,12 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def ask(host: Host) -> dict[str, Any]:
     """One completion, on a connection of its own."""
-    body = {"prompt": "def fibonacci(n):\n    return " * 4, "max_tokens": 8, "temperature": 0}
+    body = {
+        "prompt": "def fibonacci(n):\n    return " * 4,
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     url = f"http://127.0.0.1:{host.http_port}/v1/completions"
     answer = httpx.post(url, json=body, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -164,7 +178,9 @@ def cached(answer: dict[str, Any]) -> int:
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_a_cluster_runs_from_its_units_and_leaves_nothing(host: Host) -> None:
+def test_a_cluster_runs_from_its_units_and_leaves_nothing(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processes = [host.start(role) for role in ("gateway", "prefill", "decode", "kvstore")]
     for process in processes:
         lines = process.wait_for("READY=1")
@@ -172,10 +188,15 @@ def test_a_cluster_runs_from_its_units_and_leaves_nothing(host: Host) -> None:
         process.wait_for("WATCHDOG=1")
         process.wait_for("STATUS=serving: ")
     loading = host.running["decode"].supervisor.heard
-    assert [line.split("/")[0] for line in loading[:2]] == ["STATUS=loading ", "STATUS=waiting for tcp:"]
+    assert [line.split("/")[0] for line in loading[:2]] == [
+        "STATUS=loading ",
+        "STATUS=waiting for tcp:",
+    ]
     answer = ask(host)
     assert answer["usage"]["completion_tokens"] == 8
 
+    _examine(host)
+    _ask_the_store(host, monkeypatch)
     _restart_the_gateway(host)
     _restart_the_store(host, answer)
     for role in ("gateway", "decode", "prefill", "kvstore"):
@@ -183,6 +204,41 @@ def test_a_cluster_runs_from_its_units_and_leaves_nothing(host: Host) -> None:
         assert process.stop() == 0, process.log.read_text()
         assert "STOPPING=1" in process.supervisor.heard
     _uninstall(host)
+
+
+def _examine(host: Host) -> None:
+    """What the doctor finds out of the host that the cluster runs on."""
+    roles = ("gateway", "kvstore")
+    settings = list(instances(host.settings, roles, {"KVBATON_KEYS": str(host.keys)}))
+    facts = gather(roles, settings, load_model=False)
+    assert [finding for finding in findings(facts) if finding.level == ERROR] == []
+    assert [(bind.owner, bind.error) for bind in facts.binds] == [
+        ("gateway.1", "Address already in use"),
+        ("kvstore.1", "Address already in use"),
+        ("kvstore.1", "Address already in use"),
+    ]
+    assert {key.mode for key in facts.keys} == {0o700, 0o644, 0o600}
+    assert facts.arenas[0].wanted_bytes == 32 << 20
+    assert len(facts.stores[0].fingerprint) == 64
+
+
+def _ask_the_store(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As workers of this cluster, of another model, of another release, of another cluster."""
+    strangers = host.installed.root / "run/strangers"
+    make_keys(strangers)
+    layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=16, block_size=16, dtype="float32")
+    assert ask_store(host.store, "decode", host.keys, "", None).problem == ""
+    other = ask_store(host.store, "decode", host.keys, "0" * 64, layout)
+    assert (other.field, other.is_open) == ("fingerprint", True)
+    monkeypatch.setattr("scripts.host.ask_store.INTERNAL_VERSION", 1)
+    assert (
+        "version 1 is not supported"
+        in ask_store(host.store, "prefill", host.keys, "", None).problem
+    )
+    monkeypatch.setattr("scripts.host.ask_store.TIMEOUT_S", 0.5)
+    assert "does not know this key" in ask_store(host.store, "decode", strangers, "", None).problem
+    nobody = ask_store(f"tcp://127.0.0.1:{free_ports(1)[0]}", "decode", host.keys, "", None)
+    assert (nobody.is_open, nobody.problem) == (False, "cannot connect: Connection refused")
 
 
 def _restart_the_gateway(host: Host) -> None:
@@ -206,14 +262,7 @@ def _restart_the_store(host: Host, answer: dict[str, Any]) -> None:
 
 
 def _uninstall(host: Host) -> None:
-    """Settings that were changed and keys stay, unless they are to go too."""
     root = host.installed.root
     shutil.rmtree(root / "run")  # what stood for systemd had there
-    shutil.rmtree(root / "var", ignore_errors=True)
-    said = install(root, "--uninstall")
-    assert "keep, it was changed: /etc/kvbaton/kvstore-1.env" in said
-    left = [name for name in everything(root) if (root / name).is_file()]
-    assert all(name.startswith("etc/kvbaton/") for name in left), left
-    install(root, "--venv", sys.prefix)
     install(root, "--uninstall", "--purge")
     assert everything(root) == {}

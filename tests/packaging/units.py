@@ -134,6 +134,7 @@ class Process:
 
     def stop(self) -> int:
         """SIGTERM, and wait; the exit status."""
+        self.supervisor.listen()  # or what is to come may find the queue full
         self._process.terminate()
         status = self._process.wait(20)
         self.supervisor.listen()

@@ -21,6 +21,7 @@ from tests.sim.world import World
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "scripts" / "grafana" / "kvbaton.json"
 ALARMS = ROOT / "scripts" / "prometheus" / "kvbaton.yml"
+OPERATIONS = ROOT / "docs" / "operations.md"
 # What dashboards, routers and benchmark clients made for vLLM read, with the kinds they expect.
 VLLM = {
     "gauge": {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
@@ -108,7 +109,7 @@ def test_every_name_in_the_dashboard_is_in_a_scrape() -> None:
 
 def test_operators_are_told_what_to_do_at_each_alarm() -> None:
     alarms = re.findall(r"alert: (\w+)", ALARMS.read_text())
-    told = re.findall(r"^\| `(Kvbaton\w+)` \|", (ROOT / "docs/operations.md").read_text(), re.M)
+    told = re.findall(r"^\| `(Kvbaton\w+)` \|", OPERATIONS.read_text(), re.MULTILINE)
     assert len(alarms) > 10
     assert told == alarms
 

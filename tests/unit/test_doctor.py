@@ -1,4 +1,4 @@
-"""What the doctor says of a host, by value: each thing that can be wrong, and what to do about it."""
+"""What the doctor says of a host, by value: each thing that can be wrong, and its remedy."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_host_that_is_well() -> None:
         ),
         (
             {"binds": (Bind("kvstore.1", "h", 5570, "Address already in use"),)},
-            WARNING, "ports", "cannot be had: Address already in use", "ss -ltnp",
+            WARNING, "ports", "for kvstore.1: Address already in use", "ss -ltnp",
         ),
         ({"model": Model("/m", error="no config")}, ERROR, "model", "no config", "KVBATON_MODEL"),
         (
@@ -129,8 +129,8 @@ def test_what_is_wrong_is_said_with_what_to_do(
 
 
 def test_a_host_without_workers_needs_no_engine() -> None:
-    bare = {"torch": None, "compiler": "", "cpu_flags": frozenset(), "model": None, "num_threads": 0}
-    assert said(roles=("gateway",), **bare) == []
+    bare = {"torch": None, "compiler": "", "cpu_flags": frozenset[str](), "model": None}
+    assert said(roles=("gateway",), num_threads=0, **bare) == []
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_an_instance_has_its_own_settings_above_its_roles_and_those_of_all(tmp_p
     ]
 
 
-# ---- the command ----------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("changes", "status"), [({}, 0), ({"python": (3, 10)}, 1)])

@@ -282,8 +282,16 @@ def test_the_exit_status_tells_how_a_process_ended(
 @pytest.mark.parametrize(
     ("kind", "num_signals", "told"),
     [
-        ("serve", 1, ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"]),
-        ("hang", 2, ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"]),
+        (
+            "serve",
+            1,
+            ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"],
+        ),
+        (
+            "hang",
+            2,
+            ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"],
+        ),
         ("refuse", 0, ["STATUS=cannot start: --kv-bytes must be larger"]),
     ],
 )
