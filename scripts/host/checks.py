@@ -291,7 +291,14 @@ def _stores(facts: Facts) -> Iterator[Finding]:
     own = facts.model.fingerprint if facts.model else ""
     for store in facts.stores:
         subject, name = "stores", f"{store.endpoint}, asked with the key of {store.as_role}"
-        if not store.is_open:
+        if not store.is_open and "kvstore" in facts.roles:
+            yield Finding(
+                WARNING,
+                subject,
+                f"{name}: {store.problem}",
+                "nothing, if it is this host's and is yet to be started; else see KVBATON_STORES",
+            )
+        elif not store.is_open:
             yield Finding(
                 ERROR,
                 subject,

@@ -158,8 +158,10 @@ def _keys(roles: tuple[str, ...], settings: Settings) -> tuple[KeyFile, ...]:
     if settings.get("KVBATON_INSECURE", "false").lower() in ("1", "true"):
         return ()
     folder = Path(settings.get("KVBATON_KEYS", "/etc/kvbaton/keys"))
-    wanted = [(folder, False), (folder / "public.json", False)]
-    wanted += [(folder / f"{role}.key", True) for role in roles]
+    wanted = [(folder, False)]
+    if folder.is_dir():
+        wanted += [(folder / "public.json", False)]
+        wanted += [(folder / f"{role}.key", True) for role in roles]
     return tuple(_key(path, is_secret) for path, is_secret in wanted)
 
 

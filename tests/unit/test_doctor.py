@@ -99,7 +99,14 @@ def test_a_host_that_is_well() -> None:
         ({"model": Model("/m", error="no config")}, ERROR, "model", "no config", "KVBATON_MODEL"),
         (
             {"stores": (dataclasses.replace(STORE, is_open=False, problem="refused"),)},
-            ERROR, "stores", "refused", "KVBATON_STORES",
+            WARNING, "stores", "refused", "yet to be started",
+        ),
+        (
+            {
+                "roles": ("decode",),
+                "stores": (dataclasses.replace(STORE, is_open=False, problem="refused"),),
+            },
+            ERROR, "stores", "refused", "firewalls on the way",
         ),
         (
             {"stores": (dataclasses.replace(STORE, problem="no answer to a hello"),)},
