@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import stat
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from scripts.host.cluster_checks import of_cluster
 from scripts.host.facts import UNLIMITED, Facts
+from scripts.host.findings import ERROR, OK, WARNING, Finding
 
-OK, WARNING, ERROR = "ok", "warning", "error"
 LEAST_PYTHON = (3, 11)
 TORCH = ((2, 11), (2, 14))  # as in pyproject.toml: from the first, below the second
 LEAST_FILES = 4096
 MOST_CLOCK_ERROR_S = 0.1
 
 _SET_UP = "run scripts/setup cluster in the folder of the installation"
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_WRITABLE = stat.S_IWGRP | stat.S_IWOTH
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`level` is ok, warning (it runs, but worse than it could) or error (it will not run).
-    `remedy` says what to do; "" where all is well."""
-
-    level: str
-    subject: str
-    message: str
-    remedy: str = ""
 
 
 def findings(facts: Facts) -> list[Finding]:
     """What there is to say, in the order in which things are needed."""
     on_host = [_python, _packages, _torch, _gpu, _processor, _compiler, _memory, _limits, _clock]
-    of_cluster = [_keys, _ports, _model, _stores]
-    return [finding for check in (*on_host, *of_cluster) for finding in check(facts)]
+    found = [finding for check in on_host for finding in check(facts)]
+    return [*found, *of_cluster(facts)]
 
 
 # ---- what is installed --------------------------------------------------------------------------
@@ -219,120 +205,3 @@ def _clock(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield Finding(OK, "clock", f"right within {clock.error_s * 1000:.3g} ms")
-
-
-def _keys(facts: Facts) -> Iterator[Finding]:
-    for key in facts.keys:
-        if key.mode is None:
-            yield Finding(
-                ERROR,
-                "keys",
-                f"{key.path}: {key.error}",
-                "copy it from where scripts/keygen made the cluster's keys, or run it once there",
-            )
-        elif key.mode & (_OTHERS if key.is_secret else _WRITABLE):
-            wanted = "600" if key.is_secret else "go-w"
-            may = "read" if key.is_secret else "write"
-            yield Finding(
-                ERROR,
-                "keys",
-                f"others may {may} {key.path} (mode {key.mode:04o})",
-                f"chmod {wanted} {key.path}",
-            )
-    if facts.keys and all(key.mode is not None for key in facts.keys):
-        yield Finding(OK, "keys", f"{len(facts.keys)} files are there")
-
-
-# ---- the cluster --------------------------------------------------------------------------------
-
-
-def _ports(facts: Facts) -> Iterator[Finding]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for bind in facts.binds:
-        if bind.port:
-            owners[bind.port].append(bind.owner)
-        if bind.error:
-            yield Finding(
-                WARNING,
-                "ports",
-                f"port {bind.port} of {bind.address}, for {bind.owner}: {bind.error}",
-                f"nothing, if {bind.owner} runs by now; else see `ss -ltnp`, or choose another",
-            )
-    clashes = {port: names for port, names in owners.items() if len(names) > 1}
-    for port, names in clashes.items():
-        yield Finding(
-            ERROR,
-            "ports",
-            f"port {port} is to be for {' and for '.join(names)}",
-            "give each a port of its own: KVBATON_BIND and KVBATON_DATA_BIND in /etc/kvbaton/*.env",
-        )
-    if facts.binds and not clashes:
-        yield Finding(OK, "ports", f"{len(facts.binds)} ports, no two alike")
-
-
-def _model(facts: Facts) -> Iterator[Finding]:
-    model = facts.model
-    if model is None:
-        return
-    if model.error:
-        yield Finding(
-            ERROR,
-            "model",
-            f"{model.folder}: {model.error}",
-            "KVBATON_MODEL must name a Hugging Face folder, the same on every host",
-        )
-    elif model.fingerprint:
-        yield Finding(OK, "model", f"{model.folder} gives tokens; it is {model.fingerprint[:12]}")
-    else:
-        yield Finding(OK, "model", f"{model.folder} is there; --load-model tries it")
-
-
-def _stores(facts: Facts) -> Iterator[Finding]:
-    own = facts.model.fingerprint if facts.model else ""
-    for store in facts.stores:
-        subject, name = "stores", f"{store.endpoint}, asked with the key of {store.as_role}"
-        if not store.is_open and "kvstore" in facts.roles:
-            yield Finding(
-                WARNING,
-                subject,
-                f"{name}: {store.problem}",
-                "nothing, if it is this host's and is yet to be started; else see KVBATON_STORES",
-            )
-        elif not store.is_open:
-            yield Finding(
-                ERROR,
-                subject,
-                f"{name}: {store.problem}",
-                "start it; check KVBATON_STORES and its KVBATON_BIND, and firewalls on the way",
-            )
-        elif store.field == "fingerprint":
-            yield Finding(
-                ERROR,
-                subject,
-                f"{name}: {store.problem}",
-                "copy the model folder from a host that serves, and use the same KVBATON_DTYPE",
-            )
-        elif "version" in store.problem:
-            yield Finding(
-                ERROR,
-                subject,
-                f"{name}: {store.problem}",
-                "install the same release of kvbaton on all hosts: see docs/systemd.md",
-            )
-        elif store.problem:
-            yield Finding(
-                ERROR,
-                subject,
-                f"{name}: {store.problem}",
-                "keys of this cluster are needed: copy ROLE.key and public.json from its keygen",
-            )
-        elif own and store.fingerprint not in ("", own):
-            yield Finding(
-                ERROR,
-                subject,
-                f"{name}: it serves model {store.fingerprint[:12]}, here is {own[:12]}",
-                "copy the model folder from a host that serves, and use the same KVBATON_DTYPE",
-            )
-        else:
-            serves = f", serves model {store.fingerprint[:12]}" if store.fingerprint else ""
-            yield Finding(OK, subject, f"{name}: it would take us in{serves}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.terminal import DIM, RED, YELLOW, Screen
-from scripts.host.checks import ERROR, OK, WARNING, Finding, findings
+from scripts.host.checks import findings
 from scripts.host.env_files import instances
+from scripts.host.findings import ERROR, OK, WARNING, Finding
 from scripts.host.gather import gather
 from scripts.host.install import role_counts
 from scripts.host.layout import SETTINGS

@@ -93,7 +93,8 @@ class Tree:
         missing = [each for each in (folder, *folder.parents) if not each.exists()]
         for each in reversed(missing):
             if not self._dry:
-                each.mkdir(mode=0o755)
+                each.mkdir()
+                each.chmod(0o755)  # whatever the umask: services read it
                 manifest.folders.append(f"/{each.relative_to(self._root)}")
 
     # ---- away again -----------------------------------------------------------------------------
@@ -102,11 +103,10 @@ class Tree:
         """Remove all that was made, but settings that were changed; and what is to be purged.
         Raises OSError."""
         manifest = Manifest.read(self.manifest_file) or Manifest()
-        for path in purge:
+        ours = [self._prefix / name for name in (*CODE, ".venv", MANIFEST)]
+        for path in (*purge, *ours):  # with what Python and pip have made there
             self._remove_tree(path)
         self._remove(manifest.files, manifest)
-        for name in (*CODE, ".venv", MANIFEST):  # with what Python and pip have made there
-            self._remove_tree(self._prefix / name)
         for name in reversed(manifest.folders):
             folder = self.at(name)
             if not self._dry and folder.is_dir() and not any(folder.iterdir()):

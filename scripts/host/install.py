@@ -52,13 +52,21 @@ def _install(options: argparse.Namespace) -> int:
     tree.install(entries(wanted, ROOT), venv)
     if options.dry_run:
         return 0
-    if venv is None and options.root == Path("/"):
-        subprocess.run([options.prefix / "scripts/setup", "cluster"], check=True)
+    if options.root == Path("/"):
+        _make_environment(options.prefix, venv)
+        _show_next(options.prefix, counts)
     elif venv is None:
         print(f"then, where it is to be: {options.prefix}/scripts/setup cluster")
-    if options.root == Path("/"):
-        _show_next(options.prefix, counts)
     return 0
+
+
+def _make_environment(prefix: Path, venv: Path | None) -> None:
+    """Raises CalledProcessError."""
+    if venv is None:
+        subprocess.run([prefix / "scripts/setup", "cluster"], check=True)
+    # The services may not write what Python compiles, and would compile it at each start.
+    folders = [prefix / name for name in ("common", "kvbaton", "scripts", "services")]
+    subprocess.run([prefix / ".venv/bin/python", "-m", "compileall", "-q", *folders], check=True)
 
 
 def _show_next(prefix: Path, counts: dict[str, int]) -> None:

@@ -19,8 +19,9 @@ import pytest
 from common.kv.layout import KvLayout
 from scripts.cluster.keys import make_keys
 from scripts.host.ask_store import ask_store
-from scripts.host.checks import ERROR, findings
+from scripts.host.checks import findings
 from scripts.host.env_files import instances
+from scripts.host.findings import ERROR
 from scripts.host.gather import gather
 from tests.packaging.units import Installed, Process
 from tests.ports import free_ports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from common.worker.config import WorkerConfig
 from scripts.host.layout import unit_names
+from services.gateway.service import GatewayConfig
+from services.kvstore.config import StoreConfig
 from tests.packaging.units import Installed
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +39,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 
 def analyze(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return run("systemd-analyze", *args, **environ)
+
+
+def run(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["systemd-analyze", *args],
+        command,
         capture_output=True,
         text=True,
         check=False,
@@ -79,6 +87,37 @@ def test_prefill_and_decode_differ_in_nothing_but_their_name() -> None:
         for role in ("prefill", "decode")
     )
     assert prefill.replace("prefill", "decode") == decode
+
+
+def test_every_setting_that_is_given_is_one(installed: Installed) -> None:
+    """In the units, and in the files that are there to be edited."""
+    configs = (GatewayConfig, StoreConfig, WorkerConfig)
+    known = {f"KVBATON_{each.name.upper()}" for cls in configs for each in dataclasses.fields(cls)}
+    given = set()
+    for folder in (installed.units, installed.root / "etc/kvbaton"):
+        for path in folder.rglob("*.*"):
+            if path.is_file():
+                given |= set(re.findall(r"\b(KVBATON_\w+)=", path.read_text()))
+    assert len(given) > 10
+    assert given - known == set()
+
+
+@needs_systemd
+def test_the_user_and_the_folders_are_made(installed: Installed, tmp_path: Path) -> None:
+    root = f"--root={tmp_path}"
+    (tmp_path / "etc").mkdir()
+    made = run("systemd-sysusers", root, str(installed.root / "etc/sysusers.d/kvbaton.conf"))
+    assert made.returncode == 0, made.stderr
+    (entry,) = [
+        line.split(":")
+        for line in (tmp_path / "etc/passwd").read_text().splitlines()
+        if line.startswith("kvbaton:")
+    ]
+    assert 0 < int(entry[2]) < 1000, "logind removes the shared memory of other users"
+    conf = str(installed.root / "etc/tmpfiles.d/kvbaton.conf")
+    made = run("systemd-tmpfiles", "--create", root, conf)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "etc/kvbaton").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from scripts.host import doctor
-from scripts.host.checks import ERROR, OK, WARNING, Finding, findings
+from scripts.host.checks import findings
 from scripts.host.env_files import instances, parse_env
 from scripts.host.facts import Arena, Bind, Clock, Facts, KeyFile, Model, StoreAnswer, Torch
+from scripts.host.findings import ERROR, OK, WARNING, Finding
 
 MIB = 1 << 20
 STORE = StoreAnswer("tcp://10.0.0.1:5570", "decode", is_open=True)

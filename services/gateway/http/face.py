@@ -25,6 +25,7 @@ from kvbaton.errors import ForbiddenError, KvbatonError, UnavailableError
 from services.gateway.backend import Backend
 from services.gateway.http.access import Gate, HttpAccess
 from services.gateway.http.debug import DebugRequests
+from services.gateway.http.listener import listen, prepare
 from services.gateway.http.openai.errors import on_http_error, on_kvbaton_error
 from services.gateway.http.openai.grammars import Grammars
 from services.gateway.http.openai.operations import DropCache
@@ -32,7 +33,7 @@ from services.gateway.http.openai.routes import openai_routes
 from services.gateway.http.openapi import openapi
 from services.gateway.http.page.files import file_routes
 from services.gateway.http.page.live import Live
-from services.gateway.http.server import HttpServer, listen, prepare
+from services.gateway.http.server import HttpServer
 from services.gateway.observe.recent import Recent
 from services.gateway.text.model import TextModel
 

@@ -30,48 +30,15 @@ _SLOW_READERS = Counter(
 _MAX_HEAD_BYTES = 64 * 1024
 _HEAD_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 75
-_DEAD_PEER_MS = 60_000
 _END_TIMEOUT_S = 0.5
 # The whole of a body, whether anybody reads it or not; who reads it has a shorter limit of its own.
 _BODY_TIMEOUT_S = 65.0
-# What a connection may hold of an answer that its client does not read: in the kernel (which
-# doubles the number), and here.
-_SEND_BUFFER_BYTES = 128 * 1024
+# What a connection may hold here of an answer that its client does not read; listener.py says how
+# much the kernel does.
 _WRITE_BUFFER_BYTES = 16 * 1024
 # Who reads at least this much within the time is slow, but reads.
 _MIN_PROGRESS_BYTES = 16 * 1024
 _NO_LINGERING = struct.pack("ii", 1, 0)
-
-
-def listen(host: str, port: int, backlog: int) -> socket.socket:
-    """A listening socket that other gateways may share; port 0 takes a free one. Raises OSError."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            prepare(listener)
-            listener.bind(address)
-            listener.listen(backlog)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        reason = f"cannot listen for HTTP on {host}:{port}: {error.strerror}"
-        raise OSError(error.errno, reason) from error
-    return listener
-
-
-def prepare(listener: socket.socket) -> None:
-    """Set what every listening socket has, also one that was inherited. Raises OSError."""
-    # Connections inherit these: a peer that vanished, or reads no more, is found out.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_PEER_MS)
-    listener.setblocking(False)
 
 
 class _Protocol(HttpToolsProtocol):
