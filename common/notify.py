@@ -94,7 +94,7 @@ class Notifier:
 
     async def beat_on(self) -> None:
         """Beat for as long as the event loop turns: for services whose work it is."""
-        while self.beat_every_s:
+        while True:
             self.beat()
             await asyncio.sleep(self.beat_every_s)
 

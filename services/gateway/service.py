@@ -191,7 +191,8 @@ class Gateway:
             raise StartError(f"cannot serve HTTP: {error}") from error
         self._metrics = MetricsPort(self._http.metrics)
         await self._metrics.open(config.metrics_host, config.metrics_port)
-        self._tasks.spawn(seams.notifier.beat_on(), "beat")
+        if seams.notifier.beat_every_s:
+            self._tasks.spawn(seams.notifier.beat_on(), "beat")
         log.info("gateway_ready", http_port=self._http.port, clients=self._clients.endpoint)
         seams.notifier.status(f"waiting for {config.stores}")
         await first_of(self._tasks.spawn(fleet.has_store.wait(), "store"), self.failed)

@@ -117,7 +117,8 @@ class KvStore:
             gone=self._peer_gone,
         )
         await self._metrics.open(config.metrics_host, config.metrics_port)
-        self._tasks.spawn(self._seams.notifier.beat_on(), "beat")
+        if self._seams.notifier.beat_every_s:
+            self._tasks.spawn(self._seams.notifier.beat_on(), "beat")
         self._tasks.spawn(self._tick(), "tick")
         self._tasks.spawn(self._expire(), "expire")
         log.info("store_ready", endpoint=self._server.endpoint, arena=self._memory.path)
