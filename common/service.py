@@ -164,6 +164,9 @@ async def serve(
         log.error("cannot_start", reason=str(error))
         notifier.status(f"cannot start: {error}")
         return EXIT_MISCONFIGURED
+    except Exception as error:
+        notifier.status(f"failed: {error!r}")
+        raise
     finally:
         notifier.close()
 

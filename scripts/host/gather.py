@@ -125,15 +125,17 @@ def _model(workers: Instances, *, load: bool) -> Model | None:
         return Model(folder, error="there is no config.json in it")
     if not load:
         return Model(folder)
-    from common.config import StartError, load_config
+    from common.config import load_config
     from common.worker.config import WorkerConfig
     from common.worker.main import make_engine
 
-    config = load_config(WorkerConfig, "scripts/doctor", [], workers[0][2])
     try:
+        config = load_config(WorkerConfig, "scripts/doctor", [], workers[0][2])
         engine = asyncio.run(make_engine(config))
-    except (StartError, OSError, ValueError) as error:
-        return Model(folder, error=str(error))
+    except SystemExit:
+        return Model(folder, error="the worker's settings are wrong, as said above")
+    except Exception as error:  # whatever an engine may raise
+        return Model(folder, error=str(error) or type(error).__name__)
     info = engine.info
     engine.close()
     return Model(folder, fingerprint=info.fingerprint, layout=info.layout)
