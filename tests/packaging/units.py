@@ -1,8 +1,7 @@
 """Runs installed units without systemd: their commands, settings, credentials and sockets.
 
-It understands what the units of scripts/systemd use, and fails at anything else it would have to.
-What systemd does with namespaces and filters is not done; that no memory is writable and executable
-is, where the kernel can (PR_SET_MDWE).
+What systemd does with namespaces is not done. That no memory is writable and executable is, where
+the kernel can (PR_SET_MDWE), and so is the filter of system calls, where libseccomp is.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from scripts.host.env_files import parse_env
+from tests.packaging.filters import can_filter, filter_of
 from tests.supervisor import Supervisor
 
 WATCHDOG_US = 4_000_000
@@ -88,7 +88,8 @@ class Process:
         if listener is not None:
             assert unit["Sockets"] == ["kvbaton-gateway.socket"]
             words = ["bash", "-c", _WITH_SOCKET, "bash", str(listener.fileno()), *words]
-        denies = unit["MemoryDenyWriteExecute"][-1] == "yes"
+        before = [_deny_write_execute] if unit["MemoryDenyWriteExecute"] == ["yes"] else []
+        before += [filter_of(unit["SystemCallFilter"])] if can_filter() else []
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 words,
@@ -97,7 +98,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[] if listener is None else [listener.fileno()],
-                preexec_fn=_deny_write_execute if denies else None,  # noqa: PLW1509
+                preexec_fn=lambda: [each() for each in before],  # noqa: PLW1509
             )
 
     def _environ(self, installed: Installed, unit: Settings, number: int) -> dict[str, str]:
@@ -142,11 +143,10 @@ class Process:
         return status
 
     def kill(self) -> None:
-        """Whatever it does. Idempotent."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-            self.supervisor.close()
+        """Whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self.supervisor.close()
 
 
 def _deny_write_execute() -> None:
