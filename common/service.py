@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +21,13 @@ from common.log import configure_logging
 from common.net.access import Access
 from common.net.transport import Transport
 from common.net.zmq_transport import ZmqTransport
+from common.notify import Notifier
 from common.seams import Clock, Disk, Files, LiveClock, LiveProcesses, LiveRng, Processes, Rng
 
 log = structlog.get_logger()
 
 DRAIN_TIMEOUT_S = 3.5  # honcho kills after 5 s
+DRAIN_HELP = "time that what is under way may take to end or move elsewhere, after SIGTERM"
 EXIT_MISCONFIGURED = os.EX_CONFIG  # starting again would end alike
 
 
@@ -40,6 +43,7 @@ class Seams:
     processes: Processes
     host_id: str  # processes with equal ids can share memory
     pid: int
+    notifier: Notifier = field(default_factory=Notifier)  # tells who started us how we are
 
 
 class Tasks:
@@ -93,8 +97,13 @@ class Service(Protocol):
         """Release every resource. Called once, also after a failed start."""
 
 
-async def run_service(service: Service) -> int:
-    """Start, serve until SIGTERM, SIGINT or a failure, drain, close. Returns the exit status."""
+async def run_service(
+    service: Service, notifier: Notifier | None = None, drain_s: float = DRAIN_TIMEOUT_S
+) -> int:
+    """Start, serve until SIGTERM, SIGINT or a failure, drain, close. Returns the exit status.
+
+    A second signal ends the process at once, with status 1."""
+    notifier = notifier or Notifier()
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[str] = loop.create_future()
 
@@ -114,13 +123,16 @@ async def run_service(service: Service) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         starting.result()
+        notifier.ready("ready")
         await first_of(stop, service.failed)
         if service.failed.done():
             log.error("service_failed", reason=str(service.failed.result()))
+            notifier.status(f"failed: {service.failed.result()}")
             return 1
         log.info("draining", signal=stop.result(), num_tasks=len(asyncio.all_tasks()))
+        notifier.stopping(f"draining, for {drain_s:g} s at most")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.drain(), DRAIN_TIMEOUT_S)
+            await asyncio.wait_for(service.drain(), drain_s)
         return 0
     finally:
         await service.close()
@@ -132,27 +144,42 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
 
 
 async def serve(
-    name: str, log_level: str, access: Access, make_service: Callable[[Seams], Service]
+    name: str,
+    log_level: str,
+    access: Access,
+    make_service: Callable[[Seams], Service],
+    drain_s: float = DRAIN_TIMEOUT_S,
 ) -> int:
     """The whole life of a service's process. Returns the exit status."""
     configure_logging(log_level, name)
+    notifier = Notifier.from_environ(os.environ, os.getpid())
     try:
         keys = access.load()
         if keys is None:
             log.warning("insecure", reason="no keys: whoever reaches the ports may say anything")
         transport = ZmqTransport(keys)
-        return await _serve(live_seams(transport), transport, make_service)
+        seams = dataclasses.replace(live_seams(transport), notifier=notifier)
+        return await _serve(seams, transport, make_service, drain_s)
     except StartError as error:
         log.error("cannot_start", reason=str(error))
+        notifier.status(f"cannot start: {error}")
         return EXIT_MISCONFIGURED
+    except Exception as error:
+        notifier.status(f"failed: {error!r}")
+        raise
+    finally:
+        notifier.close()
 
 
 async def _serve(
-    seams: Seams, transport: ZmqTransport, make_service: Callable[[Seams], Service]
+    seams: Seams,
+    transport: ZmqTransport,
+    make_service: Callable[[Seams], Service],
+    drain_s: float,
 ) -> int:
     try:
         await transport.prove()
-        return await run_service(make_service(seams))
+        return await run_service(make_service(seams), seams.notifier, drain_s)
     finally:
         transport.close()
         seams.files.close()

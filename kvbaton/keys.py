@@ -16,6 +16,7 @@ from kvbaton.errors import KvbatonError
 from kvbaton.sockets import Curve
 
 KEYS_VARIABLE = "KVBATON_KEYS"
+CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 CLIENT = "client"
 ADMIN = "admin"
 MAX_FILE_BYTES = 1 << 20
@@ -51,11 +52,22 @@ def key_file_name(role: str) -> str:
     return f"{role}.key"
 
 
+def mode_of(path: Path, status: os.stat_result) -> int:
+    """The permission bits of a file. The group's reading bit does not count where systemd keeps a
+    unit's credentials, in a folder that nobody else can enter: since version 254 it stands for an
+    access control list with one user in it, the unit's own (systemd issue 29435, acl(5))."""
+    mode = stat.S_IMODE(status.st_mode)
+    credentials = os.environ.get(CREDENTIALS_VARIABLE)
+    if credentials and path.is_relative_to(credentials):
+        return mode & ~stat.S_IRGRP
+    return mode
+
+
 def read_with_mode(path: Path, most_bytes: int) -> tuple[int, bytes]:
     """The mode and the first bytes of one open file: it cannot be another one in between. Raises
     OSError."""
     with path.open("rb") as file:
-        return stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read(most_bytes)
+        return mode_of(path, os.fstat(file.fileno())), file.read(most_bytes)
 
 
 def read_key_file(path: Path, kind: type[T], forbidden: int = OTHERS) -> T:

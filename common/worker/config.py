@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
+from common.service import DRAIN_HELP, DRAIN_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class WorkerConfig:
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
     threads: int = setting(1, "compute threads", low=1)
+    cpus: str = setting("", "cores to run on, such as 0-3,8; any unless given")
     batch_invariant: bool = setting(False, "bits of a request never depend on the batch")
     max_num_seqs: int = setting(64, "sequences held at once", low=1)
     max_num_batched_tokens: int = setting(512, "tokens computed in one step", low=1)
     max_waiting: int = setting(1024, "requests that may wait for a place", low=0)
     mock_step_ms: float = setting(5.0, "mock engine: time of a step", low=0)
     mock_token_ms: float = setting(0.05, "mock engine: time of a token in a step", low=0)
+    drain_s: float = setting(DRAIN_TIMEOUT_S, DRAIN_HELP, low=0)
     metrics_host: str = setting("127.0.0.1", HOST_HELP)
     metrics_port: int = setting(0, PORT_HELP, low=0)
     keys: str = setting("", KEYS_HELP)

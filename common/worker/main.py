@@ -11,22 +11,29 @@ from typing import NoReturn
 
 import uvloop
 
-from common.config import load_config
+from common.config import StartError, load_config
+from common.cpus import run_on
 from common.engine.mock import MockEngine
 from common.engine.work import Engine
 from common.memory import keep_large_frames
 from common.net.access import Access
-from common.service import serve
+from common.service import EXIT_MISCONFIGURED, serve
 from common.worker.config import WorkerConfig
 from common.worker.role import Role
 from common.worker.runtime import WorkerRuntime
+from common.worker.self_test import self_test
 
 
 async def make_engine(config: WorkerConfig) -> Engine:
-    """The engine the settings name. torch is imported only when it is the one."""
+    """The engine the settings name, once it has given a token. torch is imported only when it is
+    the one. Raises StartError."""
+    engine: Engine
     if config.engine == "mock":
-        return MockEngine(config.mock_step_ms / 1000, config.mock_token_ms / 1000)
-    return await asyncio.to_thread(_load_engine, config)  # signals are served meanwhile
+        engine = MockEngine(config.mock_step_ms / 1000, config.mock_token_ms / 1000)
+    else:
+        engine = await asyncio.to_thread(_load_engine, config)  # signals are served meanwhile
+    await self_test(engine)
+    return engine
 
 
 def _load_engine(config: WorkerConfig) -> Engine:
@@ -45,11 +52,17 @@ def worker_main(role_name: str, make_role: Callable[[WorkerRuntime], Role]) -> N
     """The life of a worker's process."""
     keep_large_frames()
     config = load_config(WorkerConfig, role_name)
+    try:
+        run_on(config.cpus)  # before the first thread is made: each takes the cores of its maker
+    except StartError as error:
+        print(f"services.{role_name}: {error}", file=sys.stderr)  # noqa: T201 - no log yet
+        raise SystemExit(EXIT_MISCONFIGURED) from error
     main = serve(
         config.name,
         config.log_level,
         Access(role_name, config.keys, config.insecure, [config.bind]),
         lambda seams: WorkerRuntime(config, role_name, seams, make_engine, make_role),
+        config.drain_s,
     )
     status = uvloop.run(main)
     # All is released by now. Python and torch would take a second of CPU to take themselves apart,

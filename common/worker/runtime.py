@@ -64,7 +64,7 @@ from kvbaton.version import VERSION
 
 log = structlog.get_logger()
 
-HAND_ON_S = 2.5  # of the time that a drain may take
+_LEAVE_S = 1.0  # of the time that a drain may take: for the last step, and to leave the stores
 
 
 class WorkerRuntime:
@@ -102,6 +102,9 @@ class WorkerRuntime:
 
     async def start(self) -> None:
         """Load the model, bind, join every store; returns once steps can run."""
+        notifier = self.seams.notifier
+        notifier.describe = self._describe_load
+        notifier.status(f"loading {self.config.model}")
         engine = self._engine = await self._make_engine(self.config)
         self.info = engine.info
         self.block_size = self.info.layout.block_size
@@ -109,7 +112,13 @@ class WorkerRuntime:
         self.endings = Endings(self.role, self.answer, self.store_of)
         self.publisher = Publisher(self.tasks, self.endings)
         steps = self._steps = StepLoop(
-            engine, self, self.endings, self.seams.clock, fits=self.step_fits, counts=self._counts
+            engine,
+            self,
+            self.endings,
+            self.seams.clock,
+            notifier,
+            fits=self.step_fits,
+            counts=self._counts,
         )
         self._server = Server(
             self.seams.transport,
@@ -137,6 +146,7 @@ class WorkerRuntime:
             counts=self.counts,
             handle=self._on_store,
         )
+        notifier.status(f"waiting for {self.config.stores}")
         await first_of(self.tasks.spawn(stores.attached.wait(), "attach"), self.failed)
         if self.failed.done():
             raise self.failed.result()
@@ -149,7 +159,7 @@ class WorkerRuntime:
         assert self._steps is not None
         assert self._stores is not None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HAND_ON_S):
+            async with asyncio.timeout(max(0.0, self.config.drain_s - _LEAVE_S)):
                 await self._hand_on_all()
         for sequence in self.role.sequences():
             self.endings.drop(sequence, "unavailable", "the worker is shutting down")
@@ -392,6 +402,14 @@ class WorkerRuntime:
         if self._server is not None:
             self._counts.num_messages_refused = self._server.refusals.num
         return self._counts
+
+    def _describe_load(self) -> str:
+        """For the status that the supervisor shows."""
+        load = self.role.load()
+        return (
+            f"serving: {load.num_running} running, {load.num_waiting} waiting, "
+            f"{load.tokens_per_s:.0f} tokens/s"
+        )
 
     def metrics(self) -> bytes:
         """For its own /metrics."""

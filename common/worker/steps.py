@@ -10,6 +10,7 @@ import structlog
 
 from common.engine.work import Engine, Sampled, Work
 from common.messages import WorkerCounts
+from common.notify import Notifier
 from common.seams import Clock
 from common.worker.endings import Endings
 from common.worker.sequence import Sequence
@@ -34,7 +35,9 @@ class Planner(Protocol):
 
 
 class StepLoop:
-    """Runs an engine for a planner. `wake` is set when there may be something to do."""
+    """Runs an engine for a planner. `wake` is set when there may be something to do.
+
+    `notifier` hears of every turn of the loop: none comes while a step hangs."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class StepLoop:
         planner: Planner,
         endings: Endings,
         clock: Clock,
+        notifier: Notifier,
         *,
         fits: StepFits,
         counts: WorkerCounts,
@@ -55,6 +59,7 @@ class StepLoop:
         self._planner = planner
         self._endings = endings
         self._clock = clock
+        self._notifier = notifier
         self._counts = counts
 
     async def run(self) -> None:
@@ -64,8 +69,9 @@ class StepLoop:
                 plan = self._planner.plan_step()
                 if plan:
                     await self._step(plan)
+            self._notifier.beat()
             if not plan:
-                await self.wake.wait()
+                await self._notifier.wait(self.wake)
                 self.wake.clear()
 
     async def _step(self, plan: list[tuple[Sequence, Work]]) -> None:

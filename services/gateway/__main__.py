@@ -13,5 +13,11 @@ from services.gateway.service import Gateway
 if __name__ == "__main__":
     config = load_config(GatewayConfig, "gateway")
     access = Access("gateway", config.keys, config.insecure, [config.bind])
-    main = serve(config.name, config.log_level, access, lambda seams: Gateway(config, seams))
+    main = serve(
+        config.name,
+        config.log_level,
+        access,
+        lambda seams: Gateway(config, seams),
+        config.drain_s,
+    )
     raise SystemExit(uvloop.run(main))

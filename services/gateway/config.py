@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.config import INSECURE_HELP, KEYS_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
+from common.service import DRAIN_HELP, DRAIN_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class GatewayConfig:
     max_outage_s: float = setting(
         60.0, "how long a request that has begun waits for workers or a store to come back", low=0
     )
+    drain_s: float = setting(DRAIN_TIMEOUT_S, DRAIN_HELP, low=0)
     otlp_endpoint: str = setting("", "where spans go: a collector's OTLP address over HTTP")
     metrics_host: str = setting("127.0.0.1", HOST_HELP)
     metrics_port: int = setting(0, PORT_HELP, low=0)

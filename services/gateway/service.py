@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 
 import structlog
 
 from common.config import StartError
+from common.inherited import take_listener
 from common.metrics_port import MetricsPort
-from common.service import Seams, Tasks
+from common.service import Seams, Tasks, first_of
 from services.gateway.access.admin import Admin, drop_cache, load_admin_key
 from services.gateway.access.operator import Operator
 from services.gateway.backend import Targets
@@ -33,6 +35,8 @@ from services.gateway.text.model import TextModel
 
 log = structlog.get_logger()
 
+WORKER_ROLES = ("prefill", "decode")
+
 
 class Gateway:
     """One gateway process. `failed` is set when it cannot go on."""
@@ -48,13 +52,18 @@ class Gateway:
         self._http: HttpFace | None = None
         self._clients: ClientFace | None = None
         self._metrics: MetricsPort | None = None
+        self._listener: socket.socket | None = None
 
     async def start(self) -> None:
-        """Load the tokenizer, connect to the stores, serve. Raises StartError."""
+        """Load the tokenizer, connect to the stores, serve; returns once a store has welcomed us.
+        Raises StartError."""
         config, seams = self.config, self._seams
+        seams.notifier.describe = self._describe
+        seams.notifier.status(f"loading the tokenizer of {config.model}")
+        self._listener = take_listener(os.environ, seams.pid)
         admin_key = load_admin_key(config.admin_key_file) if config.admin_key_file else ""
         access = load_access(
-            host=config.host,
+            host=self._listener.getsockname()[0] if self._listener else config.host,
             api_keys=config.api_keys,
             tls_cert=config.tls_cert,
             tls_key=config.tls_key,
@@ -120,6 +129,7 @@ class Gateway:
             port=config.http_port,
             access=access,
             slow_reader_s=config.slow_reader_s,
+            listener=self._listener,
         )
         try:
             await self._http.start()
@@ -127,10 +137,23 @@ class Gateway:
             raise StartError(f"cannot serve HTTP: {error}") from error
         self._metrics = MetricsPort(self._http.metrics)
         await self._metrics.open(config.metrics_host, config.metrics_port)
+        if seams.notifier.beat_every_s:
+            self._tasks.spawn(seams.notifier.beat_on(), "beat")
         log.info("gateway_ready", http_port=self._http.port, clients=self._clients.endpoint)
+        seams.notifier.status(f"waiting for {config.stores}")
+        await first_of(self._tasks.spawn(fleet.has_store.wait(), "store"), self.failed)
+        if self.failed.done():
+            raise self.failed.result()
 
     async def drain(self) -> None:
-        """Refuse new requests and finish those in flight; closing cancels what takes too long."""
+        """Refuse new requests and finish those in flight; closing cancels what takes too long.
+
+        With an inherited socket HTTP clients are refused nothing: what is here is served, and who
+        connects now is another gateway's."""
+        if self._clients is not None:
+            self._clients.drain()
+        if self._http is not None:
+            await self._http.hand_over()
         if self._dispatcher is not None:
             await self._dispatcher.drain()
 
@@ -148,6 +171,15 @@ class Gateway:
             self._text.close()
         if self._spans is not None:
             await self._spans.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _describe(self) -> str:
+        """For the status that the supervisor shows."""
+        assert self._dispatcher is not None
+        stats = self._dispatcher.stats()
+        workers = ", ".join(f"{stats[f'{role}_workers']:.0f} {role}" for role in WORKER_ROLES)
+        return f"serving: {stats['requests_running']:.0f} requests; workers: {workers}"
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():

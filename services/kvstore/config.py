@@ -18,6 +18,7 @@ class StoreConfig:
     advertise: str = setting("", f"of --data-bind: {ADVERTISE_HELP}")
     kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
     arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory
+    keep_arena: bool = setting(False, "leave the arena to the next start, not only after a crash")
     prefix_cache: bool = setting(True, "whether prompts reuse the blocks of earlier ones")
     disk_dir: str = setting("", "folder for blocks evicted from memory; none unless given")
     disk_bytes: int = setting(4 << 30, "most bytes to keep on disk, e.g. 20G", low=1)

@@ -32,6 +32,7 @@ class StoreMemory:
         self.left_secret: bytes | None = None
         self._journal_path = self.path + JOURNAL_SUFFIX if is_found_again else ""
         self._folder, self._num_bytes = config.arena_dir, config.kv_bytes
+        self._is_kept = config.keep_arena and is_found_again
         self._disk = seams.disk
         self._arena: memoryview | None = None
         self._left: memoryview | None = None  # a journal that was not looked at yet
@@ -100,9 +101,9 @@ class StoreMemory:
             self._arena = self._disk.create_arena(self.path, self._num_bytes)
 
     def close(self) -> None:
-        """An orderly end leaves nothing behind."""
-        if self._arena is not None:
+        """An orderly end leaves nothing behind, unless the next start is to find it."""
+        if self._arena is not None and not self._is_kept:
             if self._journal_path:
                 self._disk.remove_arena(self._journal_path)
             self._disk.remove_arena(self.path)
-            self._arena = self._left = None
+        self._arena = self._left = None

@@ -95,6 +95,8 @@ class KvStore:
     async def start(self) -> None:
         """Have an arena and bind. Raises ArenaError or TransportError."""
         config = self.config
+        self._seams.notifier.describe = self._describe
+        self._seams.notifier.status("reserving the arena")
         self._memory.open()
         if self._memory.left_secret is not None:
             self._cache_secret = self._memory.left_secret
@@ -115,6 +117,8 @@ class KvStore:
             gone=self._peer_gone,
         )
         await self._metrics.open(config.metrics_host, config.metrics_port)
+        if self._seams.notifier.beat_every_s:
+            self._tasks.spawn(self._seams.notifier.beat_on(), "beat")
         self._tasks.spawn(self._tick(), "tick")
         self._tasks.spawn(self._expire(), "expire")
         log.info("store_ready", endpoint=self._server.endpoint, arena=self._memory.path)
@@ -195,8 +199,8 @@ class KvStore:
         """Number of blocks for this worker. The first worker decides the model and its layout, and
         so does the first after all others have gone."""
         layout = member.layout
-        if layout is None or not member.endpoint or member.max_num_seqs < 1:
-            raise ProtocolError("a worker's hello must carry layout, endpoint and max_num_seqs")
+        if layout is None:
+            raise ProtocolError("a worker's hello must carry its layout", field="layout")
         former = self.serving
         same = former is not None and (layout, member.fingerprint) == (
             former.layout,
@@ -206,7 +210,12 @@ class KvStore:
             raise ProtocolError(
                 f"the cluster serves model {former.fingerprint[:12]} with KV {former.layout}, "
                 f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
-                "model with the same dtype"
+                "model with the same dtype",
+                field="fingerprint",
+            )
+        if not member.endpoint or member.max_num_seqs < 1:  # scripts/doctor asks no more than this
+            raise ProtocolError(
+                "a worker's hello must carry endpoint and max_num_seqs", field="endpoint"
             )
         if self.config.kv_bytes // layout.block_bytes < 2:
             raise ProtocolError(
@@ -301,6 +310,18 @@ class KvStore:
             for member_id in self._members.expire(now):
                 self._lose(member_id, "it was silent", stopped=False)
             await asyncio.sleep(max(_LEAST_SLEEP_S, self._members.next_expiry(now) - now))
+
+    def _describe(self) -> str:
+        """For the status that the supervisor shows."""
+        text = f"serving: {len(self._members.everyone())} members"
+        if self.serving is None:
+            return f"{text}, no worker yet"
+        ledger = self.serving.ledger
+        pool = ledger.pool
+        return (
+            f"{text}, {len(ledger.handoffs)} handoffs, "
+            f"{pool.num_available} of {pool.num_blocks} blocks free or cached"
+        )
 
     def _show_members(self) -> None:
         """Tell the gateways, if there is news."""

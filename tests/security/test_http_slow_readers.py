@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.gateway.http import server as http_server
+from services.gateway.http import listener
 from services.gateway.http.face import HttpFace
 from tests.security.http_keys import ASK, client_of
 from tests.unit.gateway_fakes import FakeBackend, running_face, says
@@ -25,7 +25,7 @@ LONG = says("word " * 2000)
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
     """Sockets, and small buffers between them and the server."""
-    monkeypatch.setattr(http_server, "_SEND_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(listener, "_SEND_BUFFER_BYTES", 4096)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(socket.socket()) for _ in range(NUM_SILENT + NUM_SLOW)]
 

@@ -18,7 +18,10 @@ from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulat
 from tests.sim.gateway import SimGateway
 from tests.sim.world import World
 
-DASHBOARD = Path(__file__).parents[2] / "scripts" / "grafana" / "kvbaton.json"
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "scripts" / "grafana" / "kvbaton.json"
+ALARMS = ROOT / "scripts" / "prometheus" / "kvbaton.yml"
+OPERATIONS = ROOT / "docs" / "operations.md"
 # What dashboards, routers and benchmark clients made for vLLM read, with the kinds they expect.
 VLLM = {
     "gauge": {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
@@ -90,7 +93,7 @@ def test_every_name_in_the_dashboard_is_in_a_scrape() -> None:
     text = DASHBOARD.read_text()
     panels = json.loads(text)["panels"]
     asked = [target["expr"] for panel in panels for target in panel.get("targets", [])]
-    names = set(re.findall(r"\b(?:kvbaton_|vllm:)\w+", " ".join(asked)))
+    names = set(re.findall(r"\b(?:kvbaton_|vllm:)\w+", " ".join(asked) + ALARMS.read_text()))
     assert len(names) > 30
 
     def check(cluster: SimCluster) -> None:
@@ -98,9 +101,17 @@ def test_every_name_in_the_dashboard_is_in_a_scrape() -> None:
         # A counter with labels has a line of its kind, and none of its own before it counts.
         shown = {sample.name for family in families.values() for sample in family.samples}
         shown |= {f"{name}_total" for name, family in families.items() if family.type == "counter"}
-        assert names - shown == set()
+        shown |= {f"kvbaton_gateway_{name}" for name in cluster.gateways[0].dispatcher.stats()}
+        assert names - shown == {"kvbaton_store_disk_is_failing"}  # there is no disk here
 
     served(check)
+
+
+def test_operators_are_told_what_to_do_at_each_alarm() -> None:
+    alarms = re.findall(r"alert: (\w+)", ALARMS.read_text())
+    told = re.findall(r"^\| `(Kvbaton\w+)` \|", OPERATIONS.read_text(), re.MULTILINE)
+    assert len(alarms) > 10
+    assert told == alarms
 
 
 def test_what_workers_count_arrives_at_every_gateway() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from common.config import StartError
+from common.notify import Notifier
 from common.service import EXIT_MISCONFIGURED, Tasks, run_service
+from tests.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,16 +151,67 @@ async def test_a_failed_start_is_raised_after_close() -> None:
     assert service.life == ["start", "close"]
 
 
-async def test_a_drain_that_takes_too_long_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.service.DRAIN_TIMEOUT_S", 0.01)
-
+async def test_a_drain_that_takes_too_long_is_cut_off() -> None:
     class Slow(FakeService):
         async def drain(self) -> None:
             await asyncio.sleep(60)
 
     service = Slow(raise_soon(signal.SIGTERM))
-    assert await run_service(service) == 0
+    assert await run_service(service, drain_s=0.01) == 0
     assert service.life == ["start", "ready", "close"]
+
+
+# ---- what the supervisor hears ------------------------------------------------------------------
+
+
+class Narrator(FakeService):
+    """Tells the supervisor itself, too, where it is."""
+
+    def __init__(self, notifier: Notifier, on_start: Callable[[FakeService], object]) -> None:
+        super().__init__(on_start)
+        self._notifier = notifier
+
+    async def start(self) -> None:
+        self._notifier.status("loading")
+        await super().start()
+
+    async def drain(self) -> None:
+        self._notifier.status("handing on")
+        await super().drain()
+
+
+async def heard(tmp_path: Path, on_start: Callable[[FakeService], object]) -> list[str]:
+    supervisor = Supervisor(str(tmp_path / "notify"))
+    notifier = Notifier(supervisor.address)
+    with contextlib.suppress(StartError):
+        await run_service(Narrator(notifier, on_start), notifier)
+    lines = supervisor.listen()
+    notifier.close()
+    supervisor.close()
+    return lines
+
+
+async def test_ready_comes_after_the_start_and_stopping_before_the_drain(tmp_path: Path) -> None:
+    assert await heard(tmp_path, raise_soon(signal.SIGTERM)) == [
+        "STATUS=loading",
+        "READY=1",
+        "STATUS=ready",
+        "STOPPING=1",
+        "STATUS=draining, for 3.5 s at most",
+        "STATUS=handing on",
+    ]
+
+
+async def test_a_failure_is_told(tmp_path: Path) -> None:
+    lines = await heard(tmp_path, lambda service: service.failed.set_result(ValueError("lost")))
+    assert lines[-1] == "STATUS=failed: lost"
+
+
+async def test_what_does_not_start_is_never_ready(tmp_path: Path) -> None:
+    def refuse(_service: FakeService) -> None:
+        raise StartError("no room")
+
+    assert await heard(tmp_path, refuse) == ["STATUS=loading"]
 
 
 # ---- a process ----------------------------------------------------------------------------------
@@ -189,11 +243,12 @@ sys.exit(asyncio.run(serve("test", "error", access, Service)))
 """
 
 
-def run(kind: str, num_signals: int) -> tuple[int, str, str]:
+def run(kind: str, num_signals: int, notify_socket: str = "") -> tuple[int, str, str]:
     """Exit status, what the service printed, and the log; a signal follows each line it prints."""
     popen = subprocess.Popen(
         [sys.executable, "-c", PROCESS, kind],
         cwd=ROOT,
+        env=os.environ | {"NOTIFY_SOCKET": notify_socket},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -222,3 +277,29 @@ def test_the_exit_status_tells_how_a_process_ended(
     returncode, heard, words = run(kind, num_signals)
     assert (returncode, heard.split()) == (status, printed.split()), words
     assert ("--kv-bytes must be larger" in words) == (kind == "refuse")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_signals", "told"),
+    [
+        (
+            "serve",
+            1,
+            ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"],
+        ),
+        (
+            "hang",
+            2,
+            ["READY=1", "STATUS=ready", "STOPPING=1", "STATUS=draining, for 3.5 s at most"],
+        ),
+        ("refuse", 0, ["STATUS=cannot start: --kv-bytes must be larger"]),
+    ],
+)
+def test_a_supervisor_hears_how_it_is(
+    tmp_path: Path, kind: str, num_signals: int, told: list[str]
+) -> None:
+    """What runs when a second signal comes ends at once, in the middle of its drain."""
+    supervisor = Supervisor(str(tmp_path / "notify"))
+    run(kind, num_signals, supervisor.address)
+    assert supervisor.listen() == told
+    supervisor.close()

@@ -97,6 +97,28 @@ def test_the_files_are_their_owners_alone_and_go_with_an_orderly_end(config: Sto
     assert list(Path(config.arena_dir).iterdir()) == []
 
 
+def test_an_arena_that_is_to_be_kept_outlives_an_orderly_end(config: StoreConfig) -> None:
+    kept = dataclasses.replace(config, keep_arena=True)
+    store = Store(kept)
+    store.serve()
+    block = store.commit()
+    store.memory.close()
+    del store.pool  # what the process still maps
+    successor = Store(kept)
+    left = successor.serve()
+    assert left is not None
+    assert left.recovered.unused == [block]
+    assert bytes(successor.memory.arena[block * BLOCK_BYTES :][:4]) == b"data"
+
+
+def test_one_that_nobody_would_find_is_not_kept(config: StoreConfig) -> None:
+    anywhere = dataclasses.replace(config, keep_arena=True, bind="tcp://127.0.0.1:*")
+    store = Store(anywhere)
+    store.serve()
+    store.memory.close()
+    assert list(Path(config.arena_dir).iterdir()) == []
+
+
 def test_a_living_stores_memory_is_left_alone(config: StoreConfig) -> None:
     store = Store(config)
     store.serve()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from common.config import StartError
 from common.net.access import is_loopback_host
 from common.seams import Clock
-from kvbaton.keys import OTHERS
+from kvbaton.keys import OTHERS, mode_of
 from services.gateway.access.api_keys import (
     HOW_TO_MAKE_ONE,
     ApiKeys,
@@ -60,7 +59,7 @@ def load_access(
 def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     """For a server: TLS 1.2 or later. Raises StartError, also if others may read the key."""
     try:
-        mode = stat.S_IMODE(key.stat().st_mode)
+        mode = mode_of(key, key.stat())
         if mode & OTHERS:
             raise StartError(f"--tls-key {key} is open to others (mode {mode:03o}): chmod 600 it")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -25,6 +25,7 @@ from kvbaton.errors import ForbiddenError, KvbatonError, UnavailableError
 from services.gateway.backend import Backend
 from services.gateway.http.access import Gate, HttpAccess
 from services.gateway.http.debug import DebugRequests
+from services.gateway.http.listener import listen, prepare
 from services.gateway.http.openai.errors import on_http_error, on_kvbaton_error
 from services.gateway.http.openai.grammars import Grammars
 from services.gateway.http.openai.operations import DropCache
@@ -32,7 +33,7 @@ from services.gateway.http.openai.routes import openai_routes
 from services.gateway.http.openapi import openapi
 from services.gateway.http.page.files import file_routes
 from services.gateway.http.page.live import Live
-from services.gateway.http.server import HttpServer, listen
+from services.gateway.http.server import HttpServer
 from services.gateway.observe.recent import Recent
 from services.gateway.text.model import TextModel
 
@@ -54,6 +55,7 @@ class HttpFace:
     owns the server's task. `more_metrics()` is added to /metrics, `recent` is what
     /debug/requests shows; `drop_cache()` serves /reset_prefix_cache. `access` says who is let in;
     without it, everybody is. A client that reads nothing for `slow_reader_s` is cut off.
+    An inherited `listener` is served instead of `host` and `port`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class HttpFace:
         backlog: int = 512,
         access: HttpAccess | None = None,
         slow_reader_s: float = 30.0,
+        listener: socket.socket | None = None,
     ) -> None:
         self.port = port
         self._backend = backend
@@ -86,6 +89,7 @@ class HttpFace:
         self._drop_cache = drop_cache
         self._host = host
         self._backlog = backlog
+        self._inherited = listener
         self._access = access or HttpAccess()
         self._slow_reader_s = slow_reader_s
         self._grammars = Grammars()
@@ -95,8 +99,12 @@ class HttpFace:
 
     async def start(self) -> None:
         """Bind and serve. Raises OSError, naming the address, when it cannot be bound."""
-        listener = listen(self._host, self.port, self._backlog)
-        self.port = listener.getsockname()[1]
+        if self._inherited is None:
+            listener = listen(self._host, self.port, self._backlog)
+        else:
+            listener = self._inherited
+            prepare(listener)
+        self._host, self.port = listener.getsockname()[:2]
         self._stopping = asyncio.get_running_loop().create_future()
         routes = openai_routes(
             self._backend,
@@ -112,6 +120,12 @@ class HttpFace:
         self._server = HttpServer(app, self._access.tls, self._slow_reader_s)
         self._serving = self._tasks.spawn(self._serve(self._server, listener), "http")
         log.info("http_listening", host=self._host, port=self.port)
+
+    async def hand_over(self) -> None:
+        """Where others may have inherited the socket: accept no more, and return when every
+        connection has ended. Elsewhere there is nobody to leave new connections to."""
+        if self._server is not None and self._inherited is not None:
+            await self._server.hand_over()
 
     async def close(self) -> None:
         """End every answer with an error and every connection, within a second. Idempotent."""

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -30,43 +30,15 @@ _SLOW_READERS = Counter(
 _MAX_HEAD_BYTES = 64 * 1024
 _HEAD_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 75
-_DEAD_PEER_MS = 60_000
 _END_TIMEOUT_S = 0.5
 # The whole of a body, whether anybody reads it or not; who reads it has a shorter limit of its own.
 _BODY_TIMEOUT_S = 65.0
-# What a connection may hold of an answer that its client does not read: in the kernel (which
-# doubles the number), and here.
-_SEND_BUFFER_BYTES = 128 * 1024
+# What a connection may hold here of an answer that its client does not read; listener.py says how
+# much the kernel does.
 _WRITE_BUFFER_BYTES = 16 * 1024
 # Who reads at least this much within the time is slow, but reads.
 _MIN_PROGRESS_BYTES = 16 * 1024
 _NO_LINGERING = struct.pack("ii", 1, 0)
-
-
-def listen(host: str, port: int, backlog: int) -> socket.socket:
-    """A listening socket that other gateways may share; port 0 takes a free one. Raises OSError."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Connections inherit these: a peer that vanished, or reads no more, is found out.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_PEER_MS)
-            listener.bind(address)
-            listener.listen(backlog)
-            listener.setblocking(False)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        reason = f"cannot listen for HTTP on {host}:{port}: {error.strerror}"
-        raise OSError(error.errno, reason) from error
-    return listener
 
 
 class _Protocol(HttpToolsProtocol):
@@ -75,9 +47,13 @@ class _Protocol(HttpToolsProtocol):
     httptools keeps what belongs to no body yet (heads, chunk extensions, trailers) without limit.
     """
 
-    def __init__(self, *args: Any, slow_reader_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, slow_reader_s: float, gone: Callable[[], None], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._slow_reader_s = slow_reader_s
+        self._gone = gone
+        self._is_last = False  # the request that is here, or the next one
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
@@ -93,6 +69,17 @@ class _Protocol(HttpToolsProtocol):
         self._stop_body_timer()
         self._stop_reader_timer()
         super().connection_lost(exc)
+        self._gone()
+
+    def finish(self) -> None:
+        """Close when what has been asked is answered. A connection that has brought no request yet
+        may bring one: its client could not know."""
+        is_between = self.cycle is not None and self.cycle.response_complete
+        if is_between and not self._num_head_bytes:
+            self.transport.close()
+        elif self.cycle is not None and not is_between:
+            self.cycle.keep_alive = False
+        self._is_last = True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -128,6 +115,8 @@ class _Protocol(HttpToolsProtocol):
         if self._body_timer is None:
             self._start_body_timer()
         super().on_headers_complete()
+        if self._is_last and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._num_head_bytes = 0
@@ -220,7 +209,9 @@ class HttpServer(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="none",
-            http=partial(_Protocol, slow_reader_s=slow_reader_s),  # type: ignore[arg-type]
+            http=partial(  # type: ignore[arg-type]
+                _Protocol, slow_reader_s=slow_reader_s, gone=self._connection_gone
+            ),
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -236,10 +227,28 @@ class HttpServer(uvicorn.Server):
         config.ssl = tls
         super().__init__(config)
         self._stopped = asyncio.Event()
+        self._emptied = asyncio.Event()
 
     def stop(self) -> None:
         """Ask `serve` to end: within half a second, even with clients that do not read."""
         self._stopped.set()
+
+    async def hand_over(self) -> None:
+        """Leave new connections to another process with the same socket; returns when those that
+        are here have ended."""
+        for server in self.servers:
+            server.close()
+        connections = self.server_state.connections
+        for connection in list(connections):
+            assert isinstance(connection, _Protocol)
+            connection.finish()
+        while connections:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def _connection_gone(self) -> None:
+        if not self.server_state.connections:
+            self._emptied.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -63,6 +63,7 @@ class Fleet:
         self, seams: Seams, tasks: Tasks, name: str, endpoints: list[str], events: FleetEvents
     ) -> None:
         self.workers: dict[str, Worker] = {}  # by endpoint
+        self.has_store = asyncio.Event()  # one has welcomed us, since the start
         self._num_met = 0
         self._seams = seams
         self._tasks = tasks
@@ -124,6 +125,7 @@ class Fleet:
                 log.warning("store_forgot_us", store=endpoint)
                 self._events.on_store_forgot(store)
             store.welcome, store.is_up = welcome, True
+            self.has_store.set()
             # What ran for what we were counts no more.
             store.former_ids.say_stopped(store.link, self._tasks)
             log.info("store_joined", store=endpoint)

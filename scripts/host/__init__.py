@@ -1,0 +1,1 @@
+"""What a host needs to run kvbaton under systemd: `scripts/install` and `scripts/doctor`."""
