@@ -66,7 +66,8 @@ class Model:
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
         self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
-        self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
+        angles = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
+        self._cos, self._sin = (table.to(self._embedding.device) for table in angles)
         self._layers = [
             _load_layer(config, checkpoint, index, dtype) for index in range(config.num_layers)
         ]

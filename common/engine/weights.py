@@ -73,14 +73,16 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Checkpoint:
     """The tensors of a model folder, memory-mapped: a tensor's pages are read when it is."""
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device) -> None:
         """Raises ModelError, listing them, where tensors are missing, unexpected or misshapen."""
         self.entries = read_entries(folder)
         _check(folder, self.entries, config)
         self._open: dict[Path, Any] = {}
+        self._device = device
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in `dtype`; a view of the mapped file where that is its own."""
+        """The tensor in `dtype` on the device; on a CPU a view of the mapped file where `dtype` is
+        its own."""
         file = self.entries[name].file
         try:
             if file not in self._open:
@@ -88,7 +90,7 @@ class Checkpoint:
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: {name} cannot be read: {error}") from error
-        return tensor.to(dtype)
+        return tensor.to(self._device, dtype)
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:

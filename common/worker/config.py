@@ -19,6 +19,10 @@ class WorkerConfig:
     bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
+    device: str = setting("auto", "a GPU where there is one", choices="auto cpu cuda")
+    device_kv_bytes: int = setting(
+        0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
+    )
     threads: int = setting(1, "compute threads", low=1)
     batch_invariant: bool = setting(False, "bits of a request never depend on the batch")
     max_num_seqs: int = setting(64, "sequences held at once", low=1)
