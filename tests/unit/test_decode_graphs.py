@@ -48,9 +48,9 @@ def test_table_widths_are_powers_of_two() -> None:
         ({"prompt_logprobs": 1}, False),
     ],
 )
-def test_only_steps_of_one_row_each_are_graphs(changes: dict[str, int], fits: bool) -> None:
+def test_only_steps_of_one_row_each_are_graphs(changes: dict[str, Any], fits: bool) -> None:
     plain = Work([1, 2, 3], 3, 2, 1, [0], GREEDY)
-    values = {"start": 2, "num_tokens": 1, **changes}
+    values: dict[str, Any] = {"start": 2, "num_tokens": 1, **changes}
     other = Work([1, 2, 3], 3, slots=[0], sampling=SamplingParams(), **values)
     assert fits_a_graph([plain, plain]) is True
     assert fits_a_graph([plain, other]) is fits

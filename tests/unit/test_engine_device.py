@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from kvbaton.sampling import SamplingParams
 from tests.unit.engine_models import GREEDY, NUM_BLOCKS, build, make_engine, random_tokens, whole
 
 
-def make_device_engine(folder: Path, num_blocks: int = 0, **options: object) -> DeviceEngine:
+def make_device_engine(folder: Path, num_blocks: int = 0, **options: Any) -> DeviceEngine:
     """With `num_blocks` in its pool, or as many as its arena has."""
     engine = DeviceEngine(folder, device="cpu", **options)
     block_bytes = engine.info.layout.block_bytes
@@ -110,7 +111,7 @@ def test_an_engine_goes_on_after_a_step_that_failed(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_a_device_cannot_serve_are_refused(
-    tmp_path: Path, options: dict[str, object], message: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     build("llama", tmp_path)
     with pytest.raises(ModelError, match=message):
@@ -145,7 +146,7 @@ def test_fused_layers_round_a_little_less() -> None:
     torch.manual_seed(0)
     plain, fused = TorchLayers(1e-5, fixed_order=False), CompiledLayers(1e-5)
     x, weight = torch.randn(5, 64).bfloat16(), torch.randn(64).bfloat16()
-    close = {"rtol": 2**-6, "atol": 2**-6}
+    close: dict[str, Any] = {"rtol": 2**-6, "atol": 2**-6}
     torch.testing.assert_close(fused.rms_norm(x, weight), plain.rms_norm(x, weight), **close)
     torch.testing.assert_close(fused.swiglu(x), plain.swiglu(x), **close)
     qkv = torch.randn(5, 8, 16).bfloat16()
