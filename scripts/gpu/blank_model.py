@@ -46,9 +46,9 @@ def write_blank_model(folder: Path, *, context: int, **sizes: Any) -> Path:
 
 
 def fill_weights(engine: TorchEngine) -> int:
-    """Random values for all matrices, made where they lie. Returns the bytes that a decode step
-    reads of them. The head is the embedding too, where it is tied. Weights that are packed for a CPU
-    stay zeros."""
+    """Random values for all matrices, made where they lie; those that are packed for a CPU stay
+    zeros. The head is the embedding too, where it is tied. Returns the bytes that a decode step
+    reads of them."""
     num_bytes = 0
     with torch.no_grad():
         for linear in engine.model.linears():

@@ -73,7 +73,7 @@ def run_part(part: str, device: str, timeout_s: float) -> Result:
     """Run `python -m scripts.gpu.PART OUT DEVICE`; what it printed is told only if it failed."""
     with tempfile.TemporaryDirectory(prefix="kvbaton-gpu-") as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-P", "-m", f"scripts.gpu.{part}", str(out), device]
+        command = [sys.executable, "-m", f"scripts.gpu.{part}", str(out), device]
         try:
             done = subprocess.run(
                 command, cwd=ROOT, timeout=timeout_s, capture_output=True, text=True, check=False

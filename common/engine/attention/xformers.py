@@ -71,18 +71,21 @@ class XformersAttention:
         )
         self._parts = [plan(batch, sequences) for sequences, plan in groups if len(sequences)]
 
-    def plan_in_place(self, tables: Tensor, lengths: Tensor) -> None:
-        """Plan a decode step, one row for each sequence, over tensors that may be given other
-        values before `attend` runs, or runs again in a CUDA graph.
+    def part_in_place(self, tables: Tensor, lengths: Tensor) -> Part:
+        """A decode step, one row for each sequence, over tensors that may be given other values
+        before `attend` runs, or runs again in a CUDA graph.
 
         tables [sequences, width] and lengths [sequences] are int32 on the device, lengths from 1 to
         width * block_size. The kernel reads them; what the bias knows of lengths besides is not
         used.
         """
-        count = len(lengths)
-        bias = self._paged_bias([1] * count, tables)
+        bias = self._paged_bias([1] * len(lengths), tables)
         bias.k_seqinfo.seqlen = lengths
-        self._parts = [Part(None, bias, None)]
+        return Part(None, bias, None)
+
+    def use(self, part: Part) -> None:
+        """Instead of `plan`: nothing is copied to the device, so it may be done under capture."""
+        self._parts = [part]
 
     def attend(self, layer: int, queries: Tensor, cache: KvCache, out: Tensor) -> None:
         """See AttentionBackend."""

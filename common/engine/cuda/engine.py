@@ -113,7 +113,7 @@ class DeviceEngine(TorchEngine):
         """Blocks of the pool for an arena of `num_slots`."""
         room = self._device_kv_bytes
         if not room and self._device.type == "cuda":
-            room = int(torch.cuda.mem_get_info(self._device)[0] * _FREE_SHARE)
+            room = int(torch.cuda.mem_get_info()[0] * _FREE_SHARE)
         if not room:
             return num_slots
         num_blocks = min(num_slots, room // self.info.layout.block_bytes)

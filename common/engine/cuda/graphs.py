@@ -67,8 +67,10 @@ class DecodeGraphs:
         tokens, positions, slots, offsets = rows
         step = StepInput(size, tokens, positions, slots, offsets, everyone)
 
+        part = self._attention.part_in_place(tables[size:].view(size, width), tables[:size])
+
         def compute() -> Tensor:
-            self._attention.plan_in_place(tables[size:].view(size, width), tables[:size])
+            self._attention.use(part)
             hidden = self._model.forward(step, self._cache, self._attention)
             return self._model.logits(hidden, everyone)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 SPARE_BLOCK = 0
 _NONE = -1
+_ONE = np.int32(1)  # of the array's own type: ufunc.at takes twenty times as long for another
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
 
@@ -49,7 +50,7 @@ class Copies:
 @dataclass(frozen=True, slots=True)
 class Step:
     """`tables` are the step's block tables in terms of the pool, padded with SPARE_BLOCK. `loads`
-    have to be copied in before it runs. `blocks` are held until it has ended."""
+    have to be copied in before it runs. `blocks` are held until it has ended, once for each use."""
 
     tables: IntArray
     loads: Copies
@@ -87,15 +88,16 @@ class Residency:
         is_used = firsts < ends[:, None]
         is_read = firsts < starts[:, None]
         is_written = is_used & (firsts + size > starts[:, None])
-        slots = np.unique(tables[is_used])
-        missing = slots[self._block_of[slots] == _NONE]
+        slots = tables[is_used]
         held = self._block_of[slots]
-        held = held[held != _NONE]
-        self._num_uses[held] += 1
+        is_missing = held == _NONE
+        missing = np.unique(slots[is_missing])
+        held = held[~is_missing]
+        np.add.at(self._num_uses, held, _ONE)
         try:
             new = self._take(len(missing))
         except PoolFullError:
-            self._num_uses[held] -= 1
+            np.subtract.at(self._num_uses, held, _ONE)
             raise
         self._num_uses[new] += 1
         self._put(missing, new)
@@ -103,7 +105,7 @@ class Residency:
         self._is_unsaved[written] = True
         self._version[written] += 1
         self._touch(slots)
-        loads = missing[np.isin(missing, tables[is_read])]
+        loads = missing[np.isin(missing, tables[is_read])] if len(missing) else missing
         located = np.where(is_used, self._block_of[tables], SPARE_BLOCK)
         return Step(located, self._copies(loads), np.concatenate((held, new)))
 
@@ -188,9 +190,11 @@ class Residency:
         self._free.extend(blocks[self._num_uses[blocks] == 0].tolist())
 
     def _release(self, blocks: IntArray) -> None:
-        self._num_uses[blocks] -= 1
-        ended = blocks[(self._num_uses[blocks] == 0) & (self._slot_of[blocks] == _NONE)]
-        self._free.extend(ended.tolist())
+        """One use of each ends, as often as it is listed."""
+        np.subtract.at(self._num_uses, blocks, _ONE)
+        orphans = blocks[self._slot_of[blocks] == _NONE]
+        if len(orphans):
+            self._free.extend(np.unique(orphans[self._num_uses[orphans] == 0]).tolist())
 
     def _evictable(self) -> IntArray:
         slots: IntArray = np.flatnonzero((self._block_of != _NONE) & ~self._is_unsaved)
