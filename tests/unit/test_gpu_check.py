@@ -33,7 +33,7 @@ def test_an_error_must_be_a_number_within_its_limit(found: float, is_well: bool)
 
 
 def test_a_part_that_fails_or_hangs_says_so() -> None:
-    assert "No module named 'scripts.gpu.nothing'" in run_part("nothing", "cpu", 60).failure
+    assert "No module named scripts.gpu.nothing" in run_part("nothing", "cpu", 60).failure
     assert run_part("parity", "cpu", 0.01).failure == "not done after 0 s"
 
 
