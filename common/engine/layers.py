@@ -71,9 +71,7 @@ class TorchLayers:
     ) -> None:
         """See Layers."""
         num_kv_heads, count = cache.layout.num_kv_heads, placement.num_tokens
-        heads = qkv[:, :-num_kv_heads]
-        turned = heads if norm is None else self.rms_norm(heads, norm)
-        heads.copy_(_rotate(turned, placement.cos[:, None], placement.sin[:, None]))
+        self.turn(qkv[:, :-num_kv_heads], norm, placement.cos, placement.sin)
         keys_values = qkv[:count, -2 * num_kv_heads :]
         cache.write(
             layer,
@@ -81,6 +79,12 @@ class TorchLayers:
             placement.slots,
             placement.offsets,
         )
+
+    def turn(self, heads: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+        """Normalise heads [rows, heads, head_dim], where there is a norm, and rotate them in
+        place."""
+        turned = heads if norm is None else self.rms_norm(heads, norm)
+        heads.copy_(_rotate(turned, cos[:, None], sin[:, None]))
 
 
 def _silu_in_place(x: Tensor) -> Tensor:

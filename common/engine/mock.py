@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.engine.work import ModelInfo, Sampled, Work
+from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
 from common.kv.layout import KvLayout
 from common.scores import pack_scores
 from kvbaton.sampling import SamplingParams
@@ -86,6 +86,8 @@ class MockEngine:
     Of the sampling parameters it follows none: it has no distribution to draw from, and no
     tokenizer that a grammar could be told in. Prompts are scored, since that depends on the KV.
     """
+
+    device_memory: DeviceMemory | None = None
 
     def __init__(self, step_s: float, token_s: float, max_model_len: int = 32768) -> None:
         self.info = ModelInfo(

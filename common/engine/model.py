@@ -130,17 +130,21 @@ class Model:
         self.config = config
         self.name = attention.name
         self._ops = layers
-        self._attention = attention
+        self.attention = attention
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
         self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
-        self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
+        angles = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
+        self._cos, self._sin = (table.to(self._embedding.device) for table in angles)
         self._layers = [
-            layer_weights(config, checkpoint, index, dtype).map(_linear)
+            layer_weights(config, checkpoint, index, dtype).map(self._linear)
             for index in range(config.num_layers)
         ]
         self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()
+
+    def _linear(self, matrix: Matrix) -> Linear:
+        return Linear(matrix.stacked().to(self._embedding.device), matrix.bias)
 
     def linears(self) -> Iterator[Linear]:
         """Every matrix product of a step, in order."""
@@ -158,9 +162,13 @@ class Model:
 
     def forward(self, step: StepInput, batch: Batch, cache: KvCache) -> Tensor:
         """See Forward."""
+        self.attention.plan(batch)
+        return self.compute(step, cache)
+
+    def compute(self, step: StepInput, cache: KvCache) -> Tensor:
+        """forward() where attention has its plan already."""
         config, count = self.config, step.num_tokens
         tiles = self._tiles(count)
-        self._attention.plan(batch)
         x = functional.embedding(step.tokens, self._embedding)
         placement = Placement(
             count, self._cos[step.positions], self._sin[step.positions], step.slots, step.offsets
@@ -169,7 +177,7 @@ class Model:
         for index, layer in enumerate(self._layers):
             qkv = _by_tile(tiles, self._project, layer, x).view(len(x), -1, config.head_dim)
             self._ops.place(qkv, layer.qk_norm, placement, cache, index)
-            self._attention.attend(index, qkv[:, : config.num_heads], cache, attended)
+            self.attention.attend(index, qkv[:, : config.num_heads], cache, attended)
             x = _by_tile(tiles, self._combine, layer, x, attended)
         return x
 
@@ -205,10 +213,6 @@ def _by_tile(tiles: list[int], part: Callable[..., Tensor], *inputs: Any) -> Ten
         for item in inputs
     ]
     return torch.cat([part(*tile) for tile in zip(*cut, strict=True)])
-
-
-def _linear(matrix: Matrix) -> Linear:
-    return Linear(matrix.stacked(), matrix.bias)
 
 
 def layer_weights(

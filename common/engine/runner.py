@@ -10,24 +10,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.engine.attention.base import Batch
+from common.engine.attention.base import Batch, Int32Array
 from common.engine.config import ModelConfig, ModelError, load_config
 from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
-from common.engine.model import StepInput
+from common.engine.model import Forward, StepInput
 from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
-from common.engine.work import ModelInfo, Sampled, Work
+from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
 from common.kv.layout import KvLayout
 from kvbaton.sampling import SamplingParams
 
-_BLOCK_SIZE = 16
+_BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 _SCORED_AT_ONCE = 64  # the logits of a long chunk would take more memory than its KV
 
 
 class TorchEngine:
-    """Implements work.Engine. step computes on the engine's thread, step_sync on the caller's."""
+    """Implements work.Engine. step computes on the engine's thread, step_sync on the caller's.
+
+    This one computes on the CPU, in the arena itself; cuda/engine.py derives another from it.
+    """
+
+    device_memory: DeviceMemory | None = None
 
     def __init__(
         self,
@@ -44,11 +49,12 @@ class TorchEngine:
         """Load the model of a Hugging Face folder.
 
         `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
-        `device` is cpu, and auto means it too. `attention` is one of attention.BACKENDS; with torch
-        no code of our own is compiled. Raises ModelError for a folder or settings that cannot be
-        served.
+        `device` is cpu, and auto means it too; loading.py chooses among devices. `attention` is one
+        of attention.BACKENDS; with torch no code of our own is compiled. Raises ModelError for a
+        folder or settings that cannot be served.
         """
-        _check_settings(device, attention, threads, block_size)
+        self._device = self._choose_device(device, attention)
+        _check_settings(threads, block_size)
         torch.set_num_threads(threads)
         config = load_config(model_dir)
         length = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -61,17 +67,16 @@ class TorchEngine:
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            block_size=_BLOCK_SIZE if block_size is None else block_size,
+            block_size=_BLOCK_SIZES[self._device.type] if block_size is None else block_size,
             dtype=_dtype(dtype, config),
         )
-        checkpoint = Checkpoint(model_dir, config)
-        self.model = make_model(
+        checkpoint = Checkpoint(model_dir, config, self._device)
+        self.model = self._make_model(
             attention,
             config,
             checkpoint,
-            TORCH_DTYPES[layout.dtype],
+            layout,
             max_model_len=length,
-            block_size=layout.block_size,
             batch_invariant=batch_invariant,
         )
         arithmetic = _arithmetic(self.model.name) if batch_invariant else ""
@@ -87,6 +92,33 @@ class TorchEngine:
         self._cache: KvCache | None = None
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="engine", initializer=torch.set_num_threads, initargs=(threads,)
+        )
+
+    def _choose_device(self, device: str, attention: str) -> torch.device:
+        if device not in ("auto", "cpu"):
+            raise ModelError(f"device {device!r} is not supported; use cpu")
+        if attention == "xformers":
+            raise ModelError("attention 'xformers' needs device cuda; use auto")
+        return torch.device("cpu")
+
+    def _make_model(
+        self,
+        attention: str,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        layout: KvLayout,
+        *,
+        max_model_len: int,
+        batch_invariant: bool,
+    ) -> Forward:
+        return make_model(
+            attention,
+            config,
+            checkpoint,
+            TORCH_DTYPES[layout.dtype],
+            max_model_len=max_model_len,
+            block_size=layout.block_size,
+            batch_invariant=batch_invariant,
         )
 
     def attach(self, arena: memoryview) -> None:
@@ -108,11 +140,8 @@ class TorchEngine:
         if not works:
             return []
         with torch.inference_mode():
-            hidden, step = self._forward(works)
-            self._score(works, hidden)
-            logits = self.model.logits(hidden, step.sample_rows)
-        sampled = [work for work in works if work.sample]
-        drawn = iter(sample(logits.numpy(), sampled, self.info.eos_token_ids, self._grammars))
+            logits = self._logits(works)
+        drawn = iter(self._draw(logits, [work for work in works if work.sample]))
         return [next(drawn) if work.sample else None for work in works]
 
     def close(self) -> None:
@@ -120,6 +149,15 @@ class TorchEngine:
         self._thread.shutdown()
         self._compiler.shutdown(cancel_futures=True)
         self._cache = None
+
+    def _logits(self, works: Sequence[Work]) -> torch.Tensor:
+        """Compute the step; the logits of the rows that are sampled, [rows, vocab_size] in fp32."""
+        hidden, step = self._forward(works)
+        self._score(works, hidden)
+        return self.model.logits(hidden, step.sample_rows)
+
+    def _draw(self, logits: torch.Tensor, works: Sequence[Work]) -> list[Sampled | None]:
+        return sample(logits.numpy(), works, self.info.eos_token_ids, self._grammars)
 
     def _forward(self, works: Sequence[Work]) -> tuple[torch.Tensor, StepInput]:
         """Write the works' KV; what Model.forward gave for their positions, one after another."""
@@ -140,9 +178,9 @@ class TorchEngine:
         """Of one work, whose rows come first in `hidden`; a few rows have logits at a time."""
         for begin in range(0, work.num_scored, _SCORED_AT_ONCE):
             end = min(begin + _SCORED_AT_ONCE, work.num_scored)
-            logits = self.model.logits(hidden, torch.arange(begin, end))
+            logits = self.model.logits(hidden, torch.arange(begin, end, device=hidden.device))
             following = work.tokens[work.start + begin + 1 : work.start + end + 1]
-            yield score(logits.numpy(), following, count)
+            yield score(logits.cpu().numpy(), following, count)
 
     def _prepare(self, works: Sequence[Work], num_blocks: int) -> tuple[StepInput, Batch]:
         """Index tensors of a step, built over all works at once."""
@@ -153,11 +191,12 @@ class TorchEngine:
         used = -(-ends // size)
         self._check(works, ends, used)
         row_starts = np.concatenate(([0], np.cumsum(counts)))
-        tables = np.zeros((len(works), int(used.max())), dtype=np.int32)
+        tables: Int32Array = np.zeros((len(works), int(used.max())), dtype=np.int32)
         for row, work, blocks in zip(tables, works, used, strict=True):
             row[:blocks] = work.slots[:blocks]
         assert tables.min() >= 0
         assert tables.max() < num_blocks
+        tables = self._locate(tables, starts, ends)
         total = int(row_starts[-1])
         rows = self.model.num_rows(total)
         tokens = np.zeros(rows, dtype=np.int64)
@@ -179,6 +218,15 @@ class TorchEngine:
         )
         return step, Batch(row_starts.astype(np.int32), starts.astype(np.int32), tables)
 
+    def _locate(
+        self,
+        tables: Int32Array,
+        starts: np.ndarray,  # noqa: ARG002 - decides what a device has to be given
+        ends: np.ndarray,  # noqa: ARG002
+    ) -> Int32Array:
+        """Where the blocks in these tables are for the step: where the arena has them."""
+        return tables
+
     def _check(self, works: Sequence[Work], ends: np.ndarray, used: np.ndarray) -> None:
         """Invariants of the scheduler: a violation is a defect there, not a bad request."""
         for work, end, blocks in zip(works, ends, used, strict=True):
@@ -188,11 +236,7 @@ class TorchEngine:
             assert not work.sample or end == len(work.tokens)
 
 
-def _check_settings(device: str, attention: str, threads: int, block_size: int | None) -> None:
-    if device not in ("auto", "cpu"):
-        raise ModelError(f"device {device!r} is not supported; use cpu")
-    if attention == "xformers":
-        raise ModelError("attention 'xformers' needs device cuda; use auto")
+def _check_settings(threads: int, block_size: int | None) -> None:
     if threads < 1:
         raise ModelError(f"threads must be at least 1, got {threads}")
     if block_size is not None and block_size < 1:

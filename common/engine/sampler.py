@@ -48,14 +48,15 @@ def sample(
     logit is NaN or infinite.
     """
     best = logits.argmax(axis=1)  # the first NaN, where there is one
-    _check_finite(logits[np.arange(len(best)), best])
+    check_finite(logits[np.arange(len(best)), best])
     return [
-        Sampled(int(token), 0.0) if _is_plain(work) else _try_row(row, work, eos, grammars)
+        Sampled(int(token), 0.0) if is_plain(work) else _try_row(row, work, eos, grammars)
         for row, work, token in zip(logits, works, best, strict=True)
     ]
 
 
-def _check_finite(largest: Float32Array) -> None:
+def check_finite(largest: Float32Array) -> None:
+    """Raises NumericalError unless each row's largest logit is a number."""
     if not np.isfinite(largest).all():
         raise NumericalError("the model's logits are not finite: check the weights and the KV")
 
@@ -64,7 +65,7 @@ def _num_outputs(work: Work) -> int:
     return work.start + work.num_tokens - work.num_prompt_tokens
 
 
-def _is_plain(work: Work) -> bool:
+def is_plain(work: Work) -> bool:
     """Greedy, with nothing that would change the largest logit or that needs reporting."""
     params = work.sampling
     return _is_greedy(params) and params.logprobs is None and not _changes_logits(work)
@@ -198,7 +199,7 @@ def _draw(weights: Float32Array, noise: float) -> int:
 def score(rows: Float32Array, tokens: Sequence[int], count: int) -> bytes:
     """How likely tokens[i] is by the logits rows[i], and the `count` likeliest there: rows of
     common/scores.py. Raises NumericalError as `sample` does."""
-    _check_finite(rows.max(axis=1))
+    check_finite(rows.max(axis=1))
     scored = (_with_logprobs(row, token, count) for row, token in zip(rows, tokens, strict=True))
     return b"".join(
         pack_scores([(each.token_id, each.logprob), *each.top_logprobs]) for each in scored

@@ -73,16 +73,17 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Checkpoint:
     """The tensors of a model folder, memory-mapped: a tensor's pages are read when it is."""
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device) -> None:
         """Raises ModelError, listing them, where tensors are missing, unexpected or misshapen."""
         self._folder, self._config = folder, config
         self.entries = read_entries(folder)
         _check(folder, self.entries, config)
         self._open: dict[Path, Any] = {}
+        self._device = device
 
     def again(self) -> Checkpoint:
         """The same, mapped by itself: its pages are given up when it and its tensors are."""
-        return Checkpoint(self._folder, self._config)
+        return Checkpoint(self._folder, self._config, self._device)
 
     def identity(self, use: str) -> str:
         """Hexadecimal; changes with the files, as the file system knows them, and with `use`."""
@@ -94,8 +95,9 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in `dtype`; a view of the mapped file where that is its own."""
-        return self.stored(name).to(dtype)
+        """The tensor in `dtype` on the device; on a CPU a view of the mapped file where `dtype` is
+        its own."""
+        return self.stored(name).to(self._device, dtype)
 
     def stored(self, name: str) -> torch.Tensor:
         """The tensor as it is: a view of the mapped file."""

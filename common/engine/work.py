@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,10 +75,37 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class DeviceMemory(Protocol):
+    """Memory of a device, in which an engine computes instead of the memory given to attach.
+
+    What others write to that memory does not reach the steps until it is fetched, and what steps
+    write does not reach others until it is saved. Slots count blocks of the memory given to attach.
+    """
+
+    async def fetch(self, slots: Sequence[int]) -> None:
+        """Others have written these: steps that begin from now on see it."""
+
+    async def save(self, slots: Sequence[int]) -> None:
+        """Others see what the steps that have ended wrote to these."""
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Nobody will ask for what steps wrote to these and was not saved. To be called before
+        others may write them: until then it may be saved at any time, to make room."""
+
+    def replacing(self, place: memoryview) -> AbstractContextManager[None]:
+        """Surrounds the mapping of other memory into `place`, a part of the memory given to attach
+        that begins at a page. No step may run."""
+
+
 class Engine(Protocol):
-    """What a worker needs of an engine. The live one computes on its own thread."""
+    """What a worker needs of an engine. The live one computes on its own thread.
+
+    `device_memory` is there, from attach on, if the engine does not compute in the memory that it
+    is given.
+    """
 
     info: ModelInfo
+    device_memory: DeviceMemory | None
 
     def attach(self, arena: memoryview) -> None:
         """Use `arena` (a whole number of blocks of info.layout) as the KV memory."""

@@ -21,6 +21,10 @@ class WorkerConfig:
     advertise: str = setting("", ADVERTISE_HELP)
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
+    device: str = setting("auto", "a GPU where there is one", choices="auto cpu cuda")
+    device_kv_bytes: int = setting(
+        0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
+    )
     threads: int = setting(1, "compute threads", low=1)
     cpus: str = setting("", "cores to run on, such as 0-3,8; any unless given")
     batch_invariant: bool = setting(False, "bits of a request never depend on the batch")

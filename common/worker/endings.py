@@ -87,4 +87,5 @@ class Endings:
         self.removed.set()
         store = self._store_of(sequence)
         if store.member_id == sequence.incarnation:
+            store.mover.forget(sequence.blocks)
             store.link.send(ending)

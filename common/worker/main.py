@@ -38,10 +38,12 @@ async def make_engine(config: WorkerConfig) -> Engine:
 
 def _load_engine(config: WorkerConfig) -> Engine:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
-    from common.engine.runner import TorchEngine
+    from common.engine.loading import load_engine
 
-    return TorchEngine(
+    return load_engine(
         Path(config.model),
+        device=config.device,
+        device_kv_bytes=config.device_kv_bytes,
         dtype=config.dtype,
         threads=config.threads,
         batch_invariant=config.batch_invariant,

@@ -38,13 +38,19 @@ class CorruptPiecesError(CorruptError):
 
 
 class Mover(Protocol):
-    """How blocks come and go. `num_bytes_moved` counts KV bytes, both ways."""
+    """How blocks come and go."""
 
     moves: bool
-    num_bytes_moved: int
+
+    @property
+    def num_bytes_moved(self) -> int:
+        """Both ways, since it began."""
 
     def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
         """The store said what these blocks are now."""
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What was written of these here and not pushed will not be."""
 
     async def push(self, handoff_id: str, epoch: int, pieces: Sequence[Piece], /) -> None:
         """Make consecutive blocks that were written here readable elsewhere."""
@@ -68,6 +74,9 @@ class ShmMover:
     num_bytes_moved = 0
 
     def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
+        """There are no copies."""
+
+    def forget(self, blocks: Sequence[int]) -> None:
         """There are no copies."""
 
     async def push(self, *_: object) -> None:
@@ -107,6 +116,9 @@ class ZmqMover:
 
     def learn(self, blocks: Sequence[int], stamps: Sequence[int]) -> None:
         self._stamps.update(zip(blocks, stamps, strict=True))
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What is held is known by its stamp."""
 
     async def push(self, handoff_id: str, epoch: int, pieces: Sequence[Piece]) -> None:
         async def push_batch(batch: Sequence[Piece]) -> None:

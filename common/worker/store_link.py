@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
+from common.engine.work import DeviceMemory
 from common.incarnations import FormerIds
 from common.messages import (
     INTERNAL_VERSION,
@@ -29,6 +30,7 @@ from common.messages import (
 from common.net.addresses import reachable
 from common.net.link import Link
 from common.service import Seams, Tasks
+from common.worker.device_mover import DeviceMover
 from common.worker.lease import BlockLease
 from common.worker.mover import Mover, ShmMover, ZmqMover
 from common.worker.sequence import Sequence
@@ -123,7 +125,15 @@ class StoreLink:
         """The last step of earlier incarnations has ended."""
         self._former_ids.say_stopped(self.link, self._tasks)
 
-    def ready(self, arena: memoryview, first_slot: int, block_bytes: int, *, shared: bool) -> None:
+    def ready(
+        self,
+        arena: memoryview,
+        first_slot: int,
+        block_bytes: int,
+        device: DeviceMemory | None,
+        *,
+        shared: bool,
+    ) -> None:
         """The engine is attached: `arena` is this store's part of its memory."""
         self.first_slot = first_slot
         if shared:
@@ -133,6 +143,8 @@ class StoreLink:
                 self._data.close()
             self._data = self._data_link()
             self.mover = ZmqMover(self._data, arena, block_bytes, self._counts(), self._seams.clock)
+        if device is not None:
+            self.mover = DeviceMover(self.mover, device, first_slot, block_bytes)
         self._is_ready = True
         self.tell()
 

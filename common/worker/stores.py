@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from common.config import StartError
 from common.engine.work import Engine
@@ -126,15 +127,21 @@ class Stores:
                     "answered at the start: this worker has to start again"
                 )
             shared = self._is_shared(store)
-            if shared:
-                try:
-                    self._memory.map(store.index, store.welcome.arena_path)
-                except NoArenaError as error:
-                    self._tasks.spawn(self._confirm(store, error), "arena")
-                    continue
+            try:
+                with self._replacing(place):
+                    if shared:
+                        self._memory.map(store.index, store.welcome.arena_path)
+            except NoArenaError as error:
+                self._tasks.spawn(self._confirm(store, error), "arena")
+                continue
             first_slot = self._memory.first_slot(store.index)
-            store.ready(place, first_slot, block_bytes, shared=shared)
+            device = self._engine.device_memory
+            store.ready(place, first_slot, block_bytes, device, shared=shared)
         self.attached.set()
+
+    def _replacing(self, place: memoryview) -> AbstractContextManager[None]:
+        device = self._engine.device_memory
+        return device.replacing(place) if device else nullcontext()
 
     async def _confirm(self, store: StoreLink, error: NoArenaError) -> None:
         """A store that has ended since its welcome has taken its arena with it, and another will

@@ -246,6 +246,7 @@ class DecodeRole:
         runtime.preempted()
         sequence.progress.suspended_at = runtime.seams.clock.now()
         log.info("sequence_preempted", **sequence.names, tokens=len(sequence.tokens))
+        store.mover.forget(sequence.blocks)
         store.lease.add(sequence.blocks[sequence.num_committed :])
         sequence.lose_blocks()
         self._places.leave(sequence.handoff_id)

@@ -71,6 +71,22 @@ class XformersAttention:
         )
         self._parts = [plan(batch, sequences) for sequences, plan in groups if len(sequences)]
 
+    def part_in_place(self, tables: Tensor, lengths: Tensor) -> Part:
+        """A decode step, one row for each sequence, over tensors that may be given other values
+        before `attend` runs, or runs again in a CUDA graph.
+
+        tables [sequences, width] and lengths [sequences] are int32 on the device, lengths from 1 to
+        width * block_size. The kernel reads them; what the bias knows of lengths besides is not
+        used.
+        """
+        bias = self._paged_bias([1] * len(lengths), tables)
+        bias.k_seqinfo.seqlen = lengths
+        return Part(None, bias, None)
+
+    def use(self, part: Part) -> None:
+        """Instead of `plan`: nothing is copied to the device, so it may be done under capture."""
+        self._parts = [part]
+
     def attend(self, layer: int, queries: Tensor, cache: KvCache, out: Tensor) -> None:
         """See AttentionBackend."""
         shape = self._shape
@@ -105,19 +121,22 @@ class XformersAttention:
         return rows[None, :, :, None].expand(1, -1, -1, groups, -1)
 
     def _plan_decode(self, batch: Batch, sequences: np.ndarray[Any, Any]) -> Part:
-        # The kernel splits its work by the width of the table: widths are powers of two, so that
-        # there are few kernels to compile. The padding names block 0 and lies beyond every length.
-        used = int(-(-batch.lengths()[sequences].max() // self._shape.block_size))
-        tables = np.zeros((len(sequences), 1 << (used - 1).bit_length()), dtype=np.int32)
+        # The padding names block 0 and lies beyond every length.
+        lengths = batch.lengths()[sequences]
+        used = int(-(-lengths.max() // self._shape.block_size))
+        tables = np.zeros((len(sequences), table_width(used)), dtype=np.int32)
         tables[:, :used] = batch.tables[sequences, :used]
-        bias = self._fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-            q_seqlen=[1] * len(sequences),
-            kv_seqlen=batch.lengths()[sequences].tolist(),
-            block_tables=torch.from_numpy(tables).to(self._device),
+        bias = self._paged_bias(lengths.tolist(), torch.from_numpy(tables).to(self._device))
+        return Part(self._rows(batch, sequences), bias, None)
+
+    def _paged_bias(self, lengths: list[int], tables: Tensor) -> Any:
+        return self._fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            q_seqlen=[1] * len(lengths),
+            kv_seqlen=lengths,
+            block_tables=tables,
             page_size=self._shape.block_size,
             device=self._device,
         )
-        return Part(self._rows(batch, sequences), bias, None)
 
     def _plan_prefill(self, batch: Batch, sequences: np.ndarray[Any, Any]) -> Part:
         size = self._shape.block_size
@@ -137,6 +156,12 @@ class XformersAttention:
         if len(sequences) == batch.num_sequences:
             return None
         return torch.from_numpy(_rows_of(batch.row_starts, sequences)).to(self._device)
+
+
+def table_width(num_blocks: int) -> int:
+    """The width of a table of so many blocks. The kernel splits its work by it, and is compiled for
+    each split: widths are powers of two, so that there are few."""
+    return 1 << (num_blocks - 1).bit_length()
 
 
 def _rows_of(row_starts: Int32Array, sequences: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
