@@ -1,0 +1,44 @@
+"""The highest rate that a server sustains, by bisection. Pure: what a rate does is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+_STEP = 1.6  # to the next rate, until one meets the targets and one does not
+_LOWEST, _HIGHEST = 0.01, 1000.0  # a second: nothing is sustained below, no more is looked for
+
+
+def find_rate(meets: Callable[[float], bool], start: float, precision: float) -> float:
+    """A rate that met the targets when the one `1 + precision` times as high did not.
+
+    Geometric bisection from `start`. 0 if none does. One load says yes or no, with luck: what was
+    found is to be confirmed.
+    """
+    if meets(start):
+        low = high = start
+        while meets(high := low * _STEP):
+            low = high
+            if low > _HIGHEST:
+                return low
+    else:
+        low = high = start
+        while not meets(low := high / _STEP):
+            high = low
+            if low < _LOWEST:
+                return 0.0
+    while high / low > 1 + precision:
+        middle = math.sqrt(low * high)
+        if meets(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def confirm(meets: Callable[[float], bool], found: float, precision: float) -> float:
+    """The first of `found` and the rates below it, `1 + precision` apart, that meets the targets in
+    a run of its own. 0 if none does."""
+    while found >= _LOWEST and not meets(found):
+        found /= 1 + precision
+    return found if found >= _LOWEST else 0.0
