@@ -115,7 +115,7 @@ def _show_prefill(
     report: Report, sizes: _Sizes, times: Mapping[tuple[str, int, int], Spread], limits: Limits
 ) -> None:
     rows = []
-    for (name, _, length), took in times.items():
+    for (name, _, length), took in sorted(times.items()):
         if name != "prefill":
             continue
         least_s = limits.least_s(*sizes.prefill(length))
@@ -134,7 +134,7 @@ def _show_decode(
     """A row for each number of sequences, a column for each context."""
     cells: dict[int, dict[int, str]] = {}
     contexts: dict[int, None] = {}
-    for (name, sequences, context), took in times.items():
+    for (name, sequences, context), took in sorted(times.items()):
         if name != "decode":
             continue
         num_bytes, num_operations = sizes.decode(sequences, context)

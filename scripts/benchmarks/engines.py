@@ -81,7 +81,7 @@ class Bench:
 
     def prefill(self, num_tokens: int) -> None:
         """One prompt in one step, up to its first token."""
-        tokens = range(5, 5 + num_tokens)
+        tokens = [5 + index % (self.engine.info.vocab_size - 5) for index in range(num_tokens)]
         self.engine.step_sync([Work(tokens, num_tokens, 0, num_tokens, self.tables[0], GREEDY)])
 
 

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> Report:
 def _products(linears: Sequence[Linear]) -> list[Part]:
     return [
         Part(
-            f"{shape}, {len(same)} of them",
+            f"{shape} ({len(same)})",
             rows,
             weight_bytes(same),
             product_operations(same, rows),
@@ -128,14 +128,12 @@ def _attention(shape: AttentionShape, layout: KvLayout, context: int) -> list[Pa
         batch = Batch(np.arange(count + 1, dtype=np.int32), starts, tables[:count].copy())
         call = _attending(shape, layout, cache, batch)
         pairs = count * context
-        parts.append(
-            Part(f"attention, {context} positions", count, position * pairs, work * pairs, call)
-        )
+        parts.append(Part(f"attention to {context}", count, position * pairs, work * pairs, call))
     rows = np.array([0, _PROMPT], np.int32)
     batch = Batch(rows, np.zeros(1, np.int32), tables[:1].copy())
     call = _attending(shape, layout, cache, batch)
     pairs = _PROMPT * (_PROMPT + 1) // 2
-    parts.append(Part("attention, a prompt", _PROMPT, position * _PROMPT, work * pairs, call))
+    parts.append(Part("attention in a prompt", _PROMPT, position * _PROMPT, work * pairs, call))
     return parts
 
 
@@ -175,9 +173,9 @@ def _show(
             part.name, str(part.rows), took.text(1e3, 2),
             f"{part.num_bytes / took.median / 1e9:.1f}",
             f"{part.num_operations / took.median / 1e9:.0f}",
-            f"{least_s * 1e3:.2f}", share.text(100, 0),
+            f"{least_s * 1e3:.2f}", f"{share.median:.0%}",
         ))  # fmt: skip
     report.figures["limits"] = vars(limits)
-    columns = ("part, all layers", "rows", "ms", "GB/s", "GFLOP/s", "limit, ms", "% of the limit")
-    report.table("median (p10 to p90)", columns, rows)
+    columns = ("part, in all layers", "rows", "ms", "GB/s", "GFLOP/s", "limit, ms", "of the limit")
+    report.table("median (p10 to p90); in brackets how many there are", columns, rows)
     report.note(limits.text())

@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.engine.config import load_config
 from scripts.benchmarks.servers import Server, Setting, process_of
 from tests.ports import free_port
 
 _FOLDER = Path(__file__).parent
-_CONTEXT = 4096
+_CONTEXT = 4096  # unless the model has less
 # Debian's libtcmalloc-minimal4; vLLM's own advice for CPUs.
 _TCMALLOC = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 _CONVERT_S = 600
@@ -64,7 +65,7 @@ def _vllm_server(setting: Setting, cores: list[int], *options: str) -> Iterator[
     port = free_port()
     command = [
         str(venv / "bin" / "vllm"), "serve", str(setting.model), "--dtype", "bfloat16",
-        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(_CONTEXT),
+        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(_context(setting)),
         "--served-model-name", "m", *options,
     ]  # fmt: skip
     environ = {
@@ -94,10 +95,14 @@ def _llama(_options: str, setting: Setting) -> Iterator[Server]:
     port = free_port()
     command = [
         str(python), str(_FOLDER / "peer_llama.py"), str(gguf), str(port),
-        "--threads", str(len(setting.cores)), "--context", str(_CONTEXT),
+        "--threads", str(len(setting.cores)), "--context", str(_context(setting)),
     ]  # fmt: skip
     with process_of(command, port, setting.cores, setting.folder) as served:
         yield served
+
+
+def _context(setting: Setting) -> int:
+    return min(_CONTEXT, load_config(setting.model).max_position_embeddings)
 
 
 def _venv(folder: Path | None, flag: str) -> Path:

@@ -60,7 +60,9 @@ def attainment(
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(share, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="requests a second", ylabel="within both targets", ylim=(0, 1.03))
+    axes.set(
+        xlabel="requests a second", ylabel="within both targets", xlim=(0, None), ylim=(0, 1.03)
+    )
     _finish(axes, folder, name)
 
 
@@ -78,7 +80,7 @@ def distributions(
             if values:
                 shares = np.arange(1, len(values) + 1) / len(values)
                 axes.step(np.sort(values) * 1000, shares, where="post", label=label)
-        axes.set(xlabel=f"{what}, ms", ylabel=f"requests, {title}", ylim=(0, 1.03))
+        axes.set(xlabel=f"{what}, ms", ylabel=f"requests, {title}", xlim=(0, None), ylim=(0, 1.03))
     _finish(both[-1], folder, name)
 
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> Report:
         target = f"url={options.url}"
         if options.url is None:
             kind = "kvbaton-colocated" if options.mode == "colocated" else "kvbaton"
-            target = f"{kind}:{options.set}"
+            target = f"{kind}:{options.set}" if options.set else kind
         found: list[Trial] = []
         with targets.server(target, setting) as served:
             for _ in range(options.rounds):

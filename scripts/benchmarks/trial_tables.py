@@ -75,9 +75,9 @@ def add_bound(report: Report, trial: Trial, num_prefill: int, num_cores: int) ->
     ):
         bound = rate_bound(service_s, targets.ttft_s, targets.share, cores)
         report.figures.setdefault("queueing_bound", {})[text] = bound
-        reached = (
-            "" if trial.goodput is None else f"; reached {trial.goodput / bound:.0%}" * (bound > 0)
-        )
+        reached = ""
+        if trial.goodput is not None and bound:
+            reached = f"; reached {trial.goodput / bound:.0%}"
         report.note(
             f"queueing bound, {text}: {bound:.2f} requests/s (M/D/1, Erlang's waiting time; "
             f"{service_s * 1000:.0f} ms of prefill, {targets.share:.0%} of wait and prefill within "
