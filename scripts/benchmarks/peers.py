@@ -88,7 +88,7 @@ def _preloads(venv: Path) -> list[Path]:
 @contextlib.contextmanager
 def _llama(_options: str, setting: Setting) -> Iterator[Server]:
     python = _venv(setting.llama_venv, "--llama-venv") / "bin" / "python"
-    gguf = setting.model.with_suffix(".gguf")
+    gguf = setting.folder / "model.gguf"
     if not gguf.exists():
         convert = [str(python), str(_FOLDER / "peer_gguf.py"), str(setting.model), str(gguf)]
         subprocess.run(convert, check=True, timeout=_CONVERT_S)
