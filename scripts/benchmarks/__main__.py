@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 from pathlib import Path
 
 # A case is a module of this package with add_options(parser) and run(options) -> Report.
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     case.add_options(parser)
     options = parser.parse_args(given.options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what was started, as Ctrl-C does
     report = case.run(options)
     report.show()
     if options.json is not None:

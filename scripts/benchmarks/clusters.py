@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 from typing import Any
+from unittest.mock import patch
 
 from scripts.benchmarks.measure import on_cores
 from scripts.benchmarks.servers import Server, Setting, new_folder, served_model
@@ -35,9 +36,11 @@ def kvbaton_server(
     num_prefill, num_decode = setting.num_prefill, setting.num_decode
     if is_colocated:
         num_prefill, num_decode = 0, setting.num_colocated or len(setting.cores)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     cores = cycle(setting.cores)
-    with Cluster(new_folder(setting.folder)) as cluster:
+    with (
+        patch.dict(os.environ, {"OMP_WAIT_POLICY": "passive"}),
+        Cluster(new_folder(setting.folder)) as cluster,
+    ):
         with on_cores(setting.cores):
             cluster.start("kvstore", **{"kv_bytes": setting.kv_bytes, **settings["store"]})
         for role, count in (("prefill", num_prefill), ("decode", num_decode)):

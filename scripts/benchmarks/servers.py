@@ -70,15 +70,18 @@ def process_of(
 ) -> Iterator[Server]:
     """What a command serves on a port, once it answers. Its whole session is ended at the end.
 
+    It gets this process's environment without PYTHONPATH, which is ours, and with `environ`.
+
     Raises RuntimeError, with the end of its log, if it ends before it serves.
     """
     path = new_folder(folder) / "server.log"
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with path.open("wb") as log, on_cores(cores):
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environ or {})},
+            env={**inherited, **(environ or {})},
             start_new_session=True,
         )
     try:
@@ -108,11 +111,18 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the one that was started, then SIGKILL to all that is left of its session."""
+    """SIGTERM to the one that was started; to what is left of its session after a while, SIGKILL.
+
+    Its children have that while too, to remove what they have in shared memory.
+    """
     process.terminate()
+    deadline = time.monotonic() + _STOP_S
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
