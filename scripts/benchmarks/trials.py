@@ -161,8 +161,10 @@ class Trials:
             )
         for rate in plan.rates:
             self._keep(self._open(rate, plan.seed))
-        if plan.is_goodput:
+        if plan.is_goodput and alone.meets(trial.targets):
             trial.goodput = self._goodput(start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s)
+        elif plan.is_goodput:
+            trial.goodput = 0.0  # what is missed alone is missed at any rate
         return trial
 
     def _goodput(self, start: float) -> float:
