@@ -15,7 +15,9 @@ class Targets(msgspec.Struct, frozen=True):
     share: float = 0.9
 
     def __str__(self) -> str:
-        return f"TTFT {self.ttft_s:.3g} s, TPOT {self.tpot_s * 1000:.3g} ms, {self.share:.0%}"
+        return (
+            f"TTFT {self.ttft_s:.3g} s, TPOT {round(self.tpot_s * 1000, 1):g} ms, {self.share:.0%}"
+        )
 
 
 class Outcome(msgspec.Struct, frozen=True, tag=True):
