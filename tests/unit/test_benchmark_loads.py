@@ -99,7 +99,12 @@ def test_bisection_ends_within_its_precision_below_the_true_rate(
 
 def test_no_rate_is_found_where_none_meets_the_targets() -> None:
     asked: list[float] = []
-    assert find_rate(lambda rate: bool(asked.append(rate)), 2.0, 0.1) == 0
+
+    def misses(rate: float) -> bool:
+        asked.append(rate)
+        return False
+
+    assert find_rate(misses, 2.0, 0.1) == 0
     assert min(asked) > 2.0 / 70  # a lower one would take for ever
     assert find_rate(lambda _: True, 1.0, 0.1) > 1000  # and the search ends
 
