@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 from pathlib import Path
 
 # A case is a module of this package with add_options(parser) and run(options) -> Report.
 CASES = {
     "colocated": "how to use all cores of a small machine",
-    "engine": "decode step against what memory and products allow; prefill",
+    "compare": "several servers under the same load, vLLM and llama.cpp among them; goodput",
+    "engine": "decode steps and prefill against what memory and arithmetic allow",
     "eviction": "which cached blocks to keep: hit rates of a trace, alone and amid a flood",
     "gateway": "what the gateway itself costs, beside a bare server; idle streams",
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",
+    "kernel": "each matrix product of a model, and attention, beside one core's limits",
     "overload": "goodput at more load than can be served, beside its peak",
     "placement": "first tokens of a trace by placement policy, on virtual time",
+    "serve": "one server under load: latency, attainment, goodput and its queueing bound",
     "store": "handoffs, lookups and bytes a second of a KV store on one core",
 }
 
@@ -44,6 +49,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     case.add_options(parser)
     options = parser.parse_args(given.options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what was started, as Ctrl-C does
     report = case.run(options)
     report.show()
     if options.json is not None:

@@ -5,6 +5,9 @@ the same rounds on the same core: the model's own matrix products, alone, and a 
 many bytes as the KV has. Products at few rows stream weights from memory; from some batch size on
 they are bound by arithmetic instead. So there are two floors: with products of the step's own rows
 (what a step could take if all else were free), and with products of 4 rows (memory alone).
+
+Then prefill by length and decode steps by sequences and context, over the limits of one core as
+they were measured in the same rounds: see engine_sweep.py.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import torch
 from common.engine.linear import MIN_ROWS, Linear
 from common.engine.runner import TorchEngine
 from kvbaton.sampling import SamplingParams
-from scripts.benchmarks import engines
+from scripts.benchmarks import engine_sweep, engines
 from scripts.benchmarks.engines import GREEDY, Bench, make_bench, model_folder
+from scripts.benchmarks.limits import products, weight_bytes
 from scripts.benchmarks.measure import alternate, pin, spread
 from scripts.benchmarks.report import Report
 
@@ -28,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     engines.add_options(parser)
     parser.add_argument("--sequences", type=int, default=32, help="in a decode step (default: 32)")
     parser.add_argument("--context", type=int, default=512, help="tokens of each (default: 512)")
+    engine_sweep.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> Report:
@@ -47,9 +52,7 @@ def _measure(options: argparse.Namespace, engine: TorchEngine, core: int) -> Rep
     linears = list(engine.model.linears())
     seconds = alternate(_parts(bench, linears, sequences, context), options.rounds)
     layout = engine.info.layout
-    weight_bytes = sum(
-        linear.in_features * linear.out_features * linear.dtype.itemsize for linear in linears
-    )
+    num_weight_bytes = weight_bytes(linears)
     kv_bytes = sequences * context * layout.block_bytes // layout.block_size
     report = Report(
         "engine",
@@ -59,12 +62,14 @@ def _measure(options: argparse.Namespace, engine: TorchEngine, core: int) -> Rep
             "core": core,
             "sequences": sequences,
             "context": context,
-            "weight_bytes": weight_bytes,
+            "weight_bytes": num_weight_bytes,
             "kv_bytes": kv_bytes,
         },
     )
-    _add_times(report, seconds, weight_bytes, kv_bytes, context)
+    _add_times(report, seconds, num_weight_bytes, kv_bytes, context)
     _add_ratios(report, seconds)
+    if options.sweep_rounds:
+        engine_sweep.add_sweep(report, options, engine)
     return report
 
 
@@ -76,33 +81,18 @@ def _parts(
     return {
         "decode": lambda: bench.decode(sequences, context, GREEDY),
         "kv_read": numbers.sum,
-        "products": _products(linears, max(sequences, MIN_ROWS)),
-        "weights": _products(linears, MIN_ROWS),
+        "products": products(linears, max(sequences, MIN_ROWS)),
+        "weights": products(linears, MIN_ROWS),
         "decode_sampled": lambda: bench.decode(sequences, context, sampled),
         "decode_one": lambda: bench.decode(1, context, GREEDY),
         "prefill": lambda: bench.prefill(context),
     }
 
 
-def _products(linears: Sequence[Linear], rows: int) -> Callable[[], None]:
-    """All of a step's matrix products over `rows` rows, and nothing else."""
-    inputs = {
-        linear.in_features: torch.randn(rows, linear.in_features).to(linear.dtype)
-        for linear in linears
-    }
-
-    def multiply() -> None:
-        with torch.inference_mode():
-            for linear in linears:
-                linear(inputs[linear.in_features])
-
-    return multiply
-
-
 def _add_times(
     report: Report,
     seconds: dict[str, list[float]],
-    weight_bytes: int,
+    num_weight_bytes: int,
     kv_bytes: int,
     context: int,
 ) -> None:
@@ -112,8 +102,8 @@ def _add_times(
         "decode_sampled": ("the same at temperature 1", sequences, "tokens/s"),
         "decode_one": (f"decode step, 1 x {context}", 1, "tokens/s"),
         "prefill": (f"prefill, 1 x {context}", context, "tokens/s"),
-        "products": (f"products, {max(sequences, MIN_ROWS)} rows", weight_bytes / 1e9, "GB/s"),
-        "weights": (f"products, {MIN_ROWS} rows", weight_bytes / 1e9, "GB/s"),
+        "products": (f"products, {max(sequences, MIN_ROWS)} rows", num_weight_bytes / 1e9, "GB/s"),
+        "weights": (f"products, {MIN_ROWS} rows", num_weight_bytes / 1e9, "GB/s"),
         "kv_read": ("plain read of the KV", kv_bytes / 1e9, "GB/s"),
     }
     rows = []

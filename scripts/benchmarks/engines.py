@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from common.engine.config import load_config
 from common.engine.kv_cache import TORCH_DTYPES
 from common.engine.runner import TorchEngine
 from common.engine.work import Work
@@ -25,11 +26,17 @@ DEMO = ROOT / "models" / "demo"
 GREEDY = SamplingParams(temperature=0)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how long to measure."""
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="135m", help="sizes of a made bf16 model")
     add("--model", type=Path, metavar="FOLDER", help="measure this model instead")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how long to measure."""
+    add_model_options(parser)
+    add = parser.add_argument
     add("--core", type=int, metavar="N", help="core to stay on (default: the last)")
     add("--rounds", type=int, default=15, help="alternated rounds (default: 15)")
 
@@ -43,10 +50,15 @@ def name_of(options: argparse.Namespace) -> str:
 def model_folder(options: argparse.Namespace) -> Iterator[Path]:
     """The folder that --model names, or one made of random weights for as long as it is needed."""
     if options.model is not None:
-        yield options.model
+        yield options.model.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="kvbaton-bench-") as folder:
-        yield make_model(Path(folder), dtype="bfloat16", **PRESETS[options.preset])
+        yield make_model(Path(folder) / "model", dtype="bfloat16", **PRESETS[options.preset])
+
+
+def vocab_of(model: Path) -> int:
+    """How many tokens the model of a folder knows."""
+    return load_config(model).vocab_size
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Bench:
 
     def prefill(self, num_tokens: int) -> None:
         """One prompt in one step, up to its first token."""
-        tokens = range(5, 5 + num_tokens)
+        tokens = [5 + index % (self.engine.info.vocab_size - 5) for index in range(num_tokens)]
         self.engine.step_sync([Work(tokens, num_tokens, 0, num_tokens, self.tables[0], GREEDY)])
 
 

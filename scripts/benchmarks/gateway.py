@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.benchmarks.bare_http import IDLE
-from scripts.benchmarks.http_streams import Reader, Streamed, streams
+from scripts.benchmarks.http_streams import Reader, Streamed, request_bytes, streams
 from scripts.benchmarks.measure import spread
 from scripts.benchmarks.report import Report
 from tests.cluster import proc
@@ -137,7 +137,7 @@ async def _beside(
     for start in range(0, num_idle, _OPENING):
         some = idle[start : start + _OPENING]
         await asyncio.gather(*(reader.open() for reader in some))
-        await asyncio.gather(*(reader.ask([IDLE] * 8, 16) for reader in some))
+        await asyncio.gather(*(reader.ask(request_bytes([IDLE] * 8, 16)) for reader in some))
     memory = proc.rss_bytes(pid)
     begun, cpu = time.perf_counter(), cpu_seconds([pid])
     read = await streams(port, prompts, 20, seconds)

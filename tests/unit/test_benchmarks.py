@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from common.engine.linear import Linear
+from scripts.benchmarks.limits import by_shape, limit_parts, limits_of, weight_bytes
 from scripts.benchmarks.measure import alternate, collect
 from scripts.benchmarks.store_handoffs import PureStore, Shape, handoff
 from scripts.benchmarks.store_lookups import CachedPrompt
@@ -64,3 +67,21 @@ def test_looking_a_cached_prompt_up_finds_all_of_it_and_changes_nothing() -> Non
     assert prompt.pool.counts() == before
     assert len(prompt.pool.lookup(prompt.keys)) == 16
     prompt.ledger.check()
+
+
+def test_limits_are_those_of_the_fastest_way() -> None:
+    linears = [Linear(torch.ones(32, 64)), Linear(torch.ones(32, 64)), Linear(torch.ones(64, 32))]
+    assert {shape: len(same) for shape, same in by_shape(linears).items()} == {
+        "64 x 32": 2, "32 x 64": 1,
+    }  # fmt: skip
+    parts = limit_parts(linears)
+    seconds = {name: [3.0, 2.0, 4.0] for name in parts} | {"another part": [1e-9]}
+    seconds["read: dot"] = [1.0, 1.0, 9.0]
+    seconds["multiply: 32 x 64"] = [1e-6, 1e-6, 1e-6]
+    limits = limits_of(seconds, linears)
+    assert (limits.read_by, limits.multiplied_by) == ("dot", "32 x 64")
+    assert limits.bytes_per_s == pytest.approx(256 * 2**20)
+    assert limits.operations_per_s == pytest.approx(2 * 512 * 32 * 64 * 1e6)
+    assert limits.least_s(512 * 2**20, 1.0) == pytest.approx(2.0)
+    assert limits.least_s(0.0, 2 * 512 * 32 * 64 * 3e6) == pytest.approx(3.0)
+    assert weight_bytes(linears) == 3 * 32 * 64 * 4

@@ -1,0 +1,93 @@
+"""Tables of what servers did under load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scripts.benchmarks.attainment import Targets
+from scripts.benchmarks.loads import Load
+from scripts.benchmarks.queueing import rate_bound
+from scripts.benchmarks.report import Report
+from scripts.benchmarks.trials import Trial
+
+_COLUMNS = (
+    "load", "done/s", "tokens/s", "TTFT, ms", "TPOT, ms", "worst gap, ms", "E2E, s", "within",
+)  # fmt: skip
+
+
+def add_loads(report: Report, title: str, trial: Trial) -> None:
+    """A table with a row for each load, and what went wrong."""
+    rows = [_row(load, trial.targets) for load in trial.loads]
+    report.table(f"{title}; times are p50/p90", _COLUMNS, rows)
+    for load in trial.loads:
+        for error in load.figures(None)["errors"]:
+            report.note(f"{title}, {load.title}: {error}")
+
+
+def _row(load: Load, targets: Targets | None) -> tuple[str, ...]:
+    figures = load.figures(targets)
+    within = "" if targets is None else f"{'<' * load.is_lost}{load.attainment(targets):.0%}"
+    step = figures["step_s"]
+    return (
+        load.title if step is None else f"{load.title}, a step {step * 1000:.1f} ms",
+        f"{figures['requests_per_s']:.2f}",
+        f"{figures['tokens_per_s']:.0f}",
+        _pair(load, "ttft_s", 1000, 0),
+        _pair(load, "tpot_s", 1000, 1),
+        _pair(load, "worst_gap_s", 1000, 0),
+        _pair(load, "e2e_s", 1, 2),
+        within,
+    )
+
+
+def _pair(load: Load, name: str, scale: float, digits: int) -> str:
+    return "/".join(f"{value * scale:.{digits}f}" for value in load.percentiles(name)[:2])
+
+
+def add_shares(report: Report, title: str, trial: Trial) -> None:
+    """How much of a core the load and each of the server's processes took, and how late requests
+    were sent."""
+    names = list(trial.loads[0].server_shares) if trial.loads else []
+    rows = [
+        (
+            load.title,
+            f"{load.percentiles('late_s')[2] * 1000:.1f}",
+            f"{load.generator_share:.1%}",
+            *(f"{load.server_shares[name]:.1%}" for name in names),
+        )
+        for load in trial.loads
+    ]
+    columns = ("load", "late p99, ms", "generator", *names)
+    report.table(f"{title}: shares of a core", columns, rows)
+
+
+def add_bound(report: Report, trial: Trial, num_prefill: int, num_cores: int) -> None:
+    """The rate at which random arrivals alone, before the prompts' computation, use up the targets.
+
+    `num_prefill` cores that only prefill, and all `num_cores` pooled: see queueing.rate_bound.
+    """
+    targets = trial.targets
+    assert targets is not None
+    service_s = trial.unloaded_ttft_s
+    for text, cores in (
+        (f"{num_prefill} prefill core(s)", num_prefill),
+        (f"{num_cores} cores pooled, decoding left out", num_cores),
+    ):
+        bound = rate_bound(service_s, targets.ttft_s, targets.share, cores)
+        report.figures.setdefault("queueing_bound", {})[text] = bound
+        reached = ""
+        if trial.goodput is not None and bound:
+            reached = f"; reached {trial.goodput / bound:.0%}"
+        report.note(
+            f"queueing bound, {text}: {bound:.2f} requests/s (M/D/1, Erlang's waiting time; "
+            f"{service_s * 1000:.0f} ms of prefill, {targets.share:.0%} of wait and prefill within "
+            f"{targets.ttft_s:.3g} s{reached})"
+        )
+
+
+def goodput_text(trials: Sequence[Trial], precision: float) -> str:
+    """What was found in each round."""
+    found = ", ".join(f"{trial.goodput:.3g}" for trial in trials if trial.goodput is not None)
+    return (
+        f"goodput {found} requests/s (bisection to {precision:.0%}, met once more in its own run)"
+    )
