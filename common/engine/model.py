@@ -92,10 +92,25 @@ class LayerWeights(Generic[L]):
         )
 
 
+class Multiplies(Protocol):
+    """y = x W^T + b for x [rows, in_features]."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, out_features]"""
+
+
 class Forward(Protocol):
-    """A model with its weights: what the runner asks of it."""
+    """A model with its weights: what the runner asks of it, and benchmarks."""
 
     name: str
+    config: ModelConfig
+
+    def linears(self) -> Iterator[Multiplies]:
+        """Every matrix product of a step, in order."""
 
     def num_rows(self, count: int) -> int:
         """How many rows a step of `count` tokens has, with its padding."""
@@ -147,7 +162,7 @@ class Model:
         return Linear(matrix.stacked().to(self._embedding.device), matrix.bias)
 
     def linears(self) -> Iterator[Linear]:
-        """Every matrix product of a step, in order."""
+        """See Forward."""
         for layer in self._layers:
             yield from layer.matrices()
         yield self._head

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from common.engine.config import load_config
+from common.engine.linear import Linear
 from common.engine.runner import TorchEngine
 from common.engine.weights import expected_tensors
 from scripts.make_model import Sizes, base_config
@@ -52,7 +53,7 @@ def fill_weights(engine: TorchEngine) -> int:
     num_bytes = 0
     with torch.no_grad():
         for linear in engine.model.linears():
-            if not linear.packed:
+            if isinstance(linear, Linear) and not linear.packed:
                 linear.weight.normal_(0.0, linear.in_features**-0.5)
             num_bytes += linear.in_features * linear.out_features * linear.dtype.itemsize
     return num_bytes

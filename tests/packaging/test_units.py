@@ -14,7 +14,7 @@ import pytest
 
 from common.worker.config import WorkerConfig
 from scripts.host.layout import unit_names
-from services.gateway.service import GatewayConfig
+from services.gateway.config import GatewayConfig
 from services.kvstore.config import StoreConfig
 from tests.packaging.units import Installed
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.engine.model import Model
+from common.engine.native.model import NativeModel
 from common.engine.runner import TorchEngine
 from scripts.gpu.blank_model import write_blank_model
 from scripts.gpu.parts import Result, run_part
@@ -46,5 +48,6 @@ def test_a_blank_model_takes_no_room_and_can_be_loaded(tmp_path: Path) -> None:
     assert weights.st_size > 65536 * 64 * 2
     assert weights.st_blocks * 512 < weights.st_size // 4
     engine = TorchEngine(tmp_path)
+    assert isinstance(engine.model, NativeModel | Model)
     assert torch.equal(engine.model._norm, torch.ones(64, dtype=torch.bfloat16))
     engine.close()

@@ -140,6 +140,7 @@ class Engine:
     """Implements work.Engine; a step lasts until `may_end` is set."""
 
     info = ModelInfo("x", 16, 16, (), MOCK_LAYOUT)
+    device_memory = None
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()

@@ -62,6 +62,10 @@ def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -
         assert torch.equal(product(x[first:last].contiguous()), whole[first:last])
 
 
+def digits(memory: mmap.mmap) -> None:
+    memory.write(b"0123456789")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -91,7 +95,7 @@ def test_bytes_are_made_once_and_mapped_by_all(folder: Path) -> None:
 
 
 def test_what_a_mapping_is_made_to_hold_is_its_own(folder: Path) -> None:
-    first = shared_bytes("key", 10, lambda memory: memory.write(b"0123456789") and None)
+    first = shared_bytes("key", 10, digits)
     first[0:1] = b"x"
     second = shared_bytes("key", 10, lambda memory: pytest.fail("made again"))
     assert second[:] == b"0123456789"
@@ -105,14 +109,14 @@ def test_a_file_that_was_not_finished_is_not_used(folder: Path) -> None:
         shared_bytes("key", 10, fail)
     assert [path.name for path in folder.iterdir()] == ["key.lock"]
     (folder / "key.packed").write_bytes(b"short")
-    assert shared_bytes("key", 10, lambda memory: memory.write(b"0123456789") and None)[:] == (
+    assert shared_bytes("key", 10, digits)[:] == (
         b"0123456789"
     )
 
 
 def test_without_a_folder_bytes_are_private(folder: Path) -> None:
     folder.write_text("no folder")
-    assert shared_bytes("key", 10, lambda memory: memory.write(b"0123456789") and None)[:] == (
+    assert shared_bytes("key", 10, digits)[:] == (
         b"0123456789"
     )
 

@@ -67,7 +67,7 @@ class NativeModel:
         )
 
     def linears(self) -> Iterator[Packed]:
-        """Every matrix product of a step, in order."""
+        """See Forward."""
         for layer in self._layers:
             yield from layer.matrices()
         yield self._head
