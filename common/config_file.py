@@ -22,7 +22,9 @@ TABLES_OF = {
 }
 TABLES = tuple(dict.fromkeys(name for names in TABLES_OF.values() for name in names))
 # Settings that services of several kinds have, with one meaning for all processes of a host.
-COMMON = ("model", "stores", "keys", "insecure", "advertise", "metrics_host", "log_level")
+COMMON = (
+    "model", "stores", "keys", "insecure", "advertise", "drain_s", "metrics_host", "log_level",
+)  # fmt: skip
 
 _TABLE = re.compile(r"\s*\[\s*([\w-]+)\s*\]")
 _KEY = re.compile(r"\s*([\w-]+)\s*=")
