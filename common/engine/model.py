@@ -15,7 +15,7 @@ from common.engine.config import ModelConfig
 from common.engine.invariance import agreeing_row_counts, tile_rows
 from common.engine.kv_cache import KvCache
 from common.engine.layers import Layers, Placement
-from common.engine.linear import MIN_ROWS, Linear
+from common.engine.linear import MIN_ROWS, Linear, QuantisedLinear
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
 
@@ -89,18 +89,20 @@ class Model:
         attention: AttentionBackend,
         *,
         batch_invariant: bool,
+        quantization: str,
     ) -> None:
         self.config = config
         self.name = attention.name
+        linear = QuantisedLinear if quantization == "int8" else Linear
         self._ops = layers
         self._attention = attention
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
+        self._head = linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers = [
-            layer_weights(config, checkpoint, index, dtype, Linear)
+            layer_weights(config, checkpoint, index, dtype, linear)
             for index in range(config.num_layers)
         ]
         self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()

@@ -19,6 +19,7 @@ class WorkerConfig:
     bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
+    quantization: str = setting("none", "none, or int8: smaller weights", choices="none int8")
     threads: int = setting(1, "compute threads", low=1)
     batch_invariant: bool = setting(False, "bits of a request never depend on the batch")
     max_num_seqs: int = setting(64, "sequences held at once", low=1)

@@ -36,6 +36,7 @@ def _load_engine(config: WorkerConfig) -> Engine:
     return TorchEngine(
         Path(config.model),
         dtype=config.dtype,
+        quantization=config.quantization,
         threads=config.threads,
         batch_invariant=config.batch_invariant,
     )

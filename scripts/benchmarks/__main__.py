@@ -20,6 +20,7 @@ CASES = {
     "invariance": "what batch-invariant mode costs, and what happens without it",
     "overload": "goodput at more load than can be served, beside its peak",
     "placement": "first tokens of a trace by placement policy, on virtual time",
+    "quantization": "what int8 weights change: time, and the demo model's logits and loss",
     "store": "handoffs, lookups and bytes a second of a KV store on one core",
 }
 

@@ -27,14 +27,24 @@ def make_model(
     block_size: int,
     *,
     batch_invariant: bool,
+    quantization: str = "none",
 ) -> Forward:
-    """The model that attends with the backend `name`: see make_backend."""
+    """The model that attends with the backend `name`: see make_backend.
+
+    `quantization`, one of QUANTIZATIONS, is what its matrices are packed as.
+    """
     library = _library(name)
     if library is not None:
         from common.engine.native.model import NativeModel
 
         return NativeModel(
-            config, checkpoint, dtype, max_model_len, library, batch_invariant=batch_invariant
+            config,
+            checkpoint,
+            dtype,
+            max_model_len,
+            library,
+            batch_invariant=batch_invariant,
+            quantization=quantization,
         )
     shape = AttentionShape(
         config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
@@ -47,6 +57,7 @@ def make_model(
         make_layers(name, config.rms_norm_eps, fixed_order=batch_invariant),
         make_backend(name, shape, fixed_order=batch_invariant),
         batch_invariant=batch_invariant,
+        quantization=quantization,
     )
 
 

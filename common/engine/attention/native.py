@@ -19,9 +19,7 @@ class NativeAttention:
     With `fixed_order` a row's bits depend on its own sequence alone.
     """
 
-    def __init__(
-        self, shape: AttentionShape, library: ctypes.CDLL, *, fixed_order: bool
-    ) -> None:
+    def __init__(self, shape: AttentionShape, library: ctypes.CDLL, *, fixed_order: bool) -> None:
         self.name = build_name(library)
         self._shape = shape
         self._attend = library.kvbaton_attend

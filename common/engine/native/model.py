@@ -36,16 +36,18 @@ class NativeModel:
         library: ctypes.CDLL,
         *,
         batch_invariant: bool,
+        quantization: str,
     ) -> None:
         self.config = config
         self.name = build_name(library)
         self._library = library
         self._fixed_order = batch_invariant
+        self._int8 = quantization == "int8"
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
         head = self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype)
-        self._head = Packed(library, head)
+        self._head = self._pack(head, None)
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers = [
             layer_weights(config, checkpoint, index, dtype, self._pack)
@@ -71,7 +73,7 @@ class NativeModel:
         )
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> Packed:
-        return Packed(self._library, weight, bias)
+        return Packed(self._library, weight, bias, int8=self._int8)
 
     def linears(self) -> Iterator[Packed]:
         """Every matrix product of a step, in order."""

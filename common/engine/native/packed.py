@@ -9,19 +9,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.engine.native.structs import Product
+from common.engine.quantization import quantise
 
 
 class Packed:
-    """y = x W^T + b for x [rows, in] and W [out, in], float32 or bfloat16, packed into panels."""
+    """y = x W^T + b for x [rows, in] and W [out, in], float32 or bfloat16, packed into panels.
 
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None = None) -> None:
+    With `int8` the panels hold the weight quantised (see quantization.py) and are half or a quarter
+    as large; x, b and y stay of the weight's type.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        int8: bool = False,
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self._library = library
+        self._scales: Tensor | None = None
+        if int8:
+            weight, self._scales = quantise(weight)
         self._weights = _panels(weight, library.kvbaton_panel(), _depth(library, weight.dtype))
         self._bias = bias
         self.product = Product(
             weights=self._weights.data_ptr(),
+            scales=None if self._scales is None else self._scales.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
             inputs=self.in_features,
             outputs=self.out_features,
@@ -44,7 +60,7 @@ class Packed:
 
 
 def _depth(library: ctypes.CDLL, dtype: torch.dtype) -> int:
-    return int(library.kvbaton_depth(int(dtype is torch.bfloat16)))
+    return int(library.kvbaton_depth(dtype.itemsize))
 
 
 def _panels(weight: Tensor, panel: int, depth: int) -> Tensor:
