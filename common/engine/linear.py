@@ -42,7 +42,7 @@ class Linear:
 
 
 class QuantisedLinear(Linear):
-    """The product of what int8 holds of W, kept and computed like any other: no smaller, no faster."""
+    """The product of what int8 holds of W; kept and computed like others: no smaller, no faster."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(dequantised(weight), bias)
