@@ -207,7 +207,7 @@ class KvStore:
             raise ProtocolError(
                 f"the cluster serves model {former.fingerprint[:12]} with KV {former.layout}, "
                 f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
-                "model with the same dtype"
+                "model with the same dtype and quantization"
             )
         if self.config.kv_bytes // layout.block_bytes < 2:
             raise ProtocolError(
