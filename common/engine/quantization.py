@@ -12,6 +12,7 @@ from torch import Tensor
 
 QUANTIZATIONS = ("none", "int8")
 _LARGEST = 127
+_ROWS_AT_ONCE = 1024  # the matrix of a large head in float32 would be larger than all else
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,6 +20,12 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A channel that is not finite gets a scale that is not, so that its outputs show it.
     """
+    parts = [_quantise(part) for part in torch.split(weight, _ROWS_AT_ONCE)]
+    steps, scales = (torch.cat(same) for same in zip(*parts, strict=True))
+    return steps, scales
+
+
+def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     scales = (wide.abs().amax(dim=1) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     steps = (wide / scales[:, None]).round_()
