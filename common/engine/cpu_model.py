@@ -21,8 +21,10 @@ def make_model(
     max_model_len: int,
     block_size: int,
     batch_invariant: bool,
+    quantization: str,
 ) -> Forward:
-    """The model that attends with the backend `name`, one of attention.BACKENDS.
+    """The model that attends with the backend `name`, one of attention.BACKENDS, its matrices
+    packed as `quantization` says, one of QUANTIZATIONS.
 
     Raises ModelError for a name that is unknown or cannot be had here.
     """
@@ -35,6 +37,7 @@ def make_model(
             library,
             max_model_len=max_model_len,
             batch_invariant=batch_invariant,
+            quantization=quantization,
         )
     shape = AttentionShape(
         config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
@@ -47,4 +50,5 @@ def make_model(
         make_backend(name, shape, fixed_order=batch_invariant),
         max_model_len=max_model_len,
         batch_invariant=batch_invariant,
+        quantization=quantization,
     )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.engine.quantization import dequantised
+
 # One row streams packed bf16 weights slower than four do: oneDNN's one-row kernels are not blocked.
 MIN_ROWS = 4
 
@@ -37,3 +39,10 @@ class Linear:
             return functional.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
+
+
+class QuantisedLinear(Linear):
+    """The product of what int8 holds of W; kept and computed like others: no smaller, no faster."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(dequantised(weight), bias)

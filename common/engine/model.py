@@ -15,7 +15,7 @@ from common.engine.config import ModelConfig
 from common.engine.invariance import agreeing_row_counts, tile_rows
 from common.engine.kv_cache import KvCache
 from common.engine.layers import Layers, Placement
-from common.engine.linear import MIN_ROWS, Linear
+from common.engine.linear import MIN_ROWS, Linear, QuantisedLinear
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
 
@@ -141,6 +141,7 @@ class Model:
         *,
         max_model_len: int,
         batch_invariant: bool,
+        quantization: str,
     ) -> None:
         self.config = config
         self.name = attention.name
@@ -149,17 +150,19 @@ class Model:
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype))
+        self._linear = QuantisedLinear if quantization == "int8" else Linear
+        head = self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype)
+        self._head = self._linear(head)
         angles = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._cos, self._sin = (table.to(self._embedding.device) for table in angles)
         self._layers = [
-            layer_weights(config, checkpoint, index, dtype).map(self._linear)
+            layer_weights(config, checkpoint, index, dtype).map(self._product)
             for index in range(config.num_layers)
         ]
         self._row_counts = agreeing_row_counts(self.linears()) if batch_invariant else ()
 
-    def _linear(self, matrix: Matrix) -> Linear:
-        return Linear(matrix.stacked().to(self._embedding.device), matrix.bias)
+    def _product(self, matrix: Matrix) -> Linear:
+        return self._linear(matrix.stacked().to(self._embedding.device), matrix.bias)
 
     def linears(self) -> Iterator[Linear]:
         """See Forward."""

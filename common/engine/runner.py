@@ -16,6 +16,7 @@ from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.model import Forward, StepInput
+from common.engine.quantization import QUANTIZATIONS
 from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
 from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
@@ -45,16 +46,18 @@ class TorchEngine:
         max_model_len: int | None = None,
         device: str = "auto",
         attention: str = "auto",
+        quantization: str = "none",
     ) -> None:
         """Load the model of a Hugging Face folder.
 
         `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
         `device` is cpu, and auto means it too; loading.py chooses among devices. `attention` is one
-        of attention.BACKENDS; with torch no code of our own is compiled. Raises ModelError for a
-        folder or settings that cannot be served.
+        of attention.BACKENDS; with torch no code of our own is compiled. `quantization` int8 keeps
+        the matrices in 8 bits: see quantization.py. Raises ModelError for a folder or settings that
+        cannot be served.
         """
         self._device = self._choose_device(device, attention)
-        _check_settings(threads, block_size)
+        _check_settings(threads, block_size, quantization)
         torch.set_num_threads(threads)
         config = load_config(model_dir)
         length = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -78,8 +81,11 @@ class TorchEngine:
             layout,
             max_model_len=length,
             batch_invariant=batch_invariant,
+            quantization=quantization,
         )
         arithmetic = _arithmetic(self.model.name) if batch_invariant else ""
+        if quantization != "none":
+            arithmetic = f"{quantization} {arithmetic}"
         self.info = ModelInfo(
             fingerprint=fingerprint(model_dir, checkpoint.entries, layout, arithmetic),
             max_model_len=length,
@@ -110,6 +116,7 @@ class TorchEngine:
         *,
         max_model_len: int,
         batch_invariant: bool,
+        quantization: str,
     ) -> Forward:
         return make_model(
             attention,
@@ -119,6 +126,7 @@ class TorchEngine:
             max_model_len=max_model_len,
             block_size=layout.block_size,
             batch_invariant=batch_invariant,
+            quantization=quantization,
         )
 
     def attach(self, arena: memoryview) -> None:
@@ -236,11 +244,15 @@ class TorchEngine:
             assert not work.sample or end == len(work.tokens)
 
 
-def _check_settings(threads: int, block_size: int | None) -> None:
+def _check_settings(threads: int, block_size: int | None, quantization: str) -> None:
     if threads < 1:
         raise ModelError(f"threads must be at least 1, got {threads}")
     if block_size is not None and block_size < 1:
         raise ModelError(f"block_size must be at least 1, got {block_size}")
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(
+            f"quantization {quantization!r} is not supported; use {' or '.join(QUANTIZATIONS)}"
+        )
 
 
 def _arithmetic(model: str) -> str:

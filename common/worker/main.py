@@ -45,6 +45,7 @@ def _load_engine(config: WorkerConfig) -> Engine:
         device=config.device,
         device_kv_bytes=config.device_kv_bytes,
         dtype=config.dtype,
+        quantization=config.quantization,
         threads=config.threads,
         batch_invariant=config.batch_invariant,
     )

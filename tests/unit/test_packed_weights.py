@@ -109,16 +109,12 @@ def test_a_file_that_was_not_finished_is_not_used(folder: Path) -> None:
         shared_bytes("key", 10, fail)
     assert [path.name for path in folder.iterdir()] == ["key.lock"]
     (folder / "key.packed").write_bytes(b"short")
-    assert shared_bytes("key", 10, digits)[:] == (
-        b"0123456789"
-    )
+    assert shared_bytes("key", 10, digits)[:] == (b"0123456789")
 
 
 def test_without_a_folder_bytes_are_private(folder: Path) -> None:
     folder.write_text("no folder")
-    assert shared_bytes("key", 10, digits)[:] == (
-        b"0123456789"
-    )
+    assert shared_bytes("key", 10, digits)[:] == (b"0123456789")
 
 
 def test_what_was_used_longest_ago_goes_first(folder: Path) -> None:

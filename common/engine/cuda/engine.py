@@ -100,6 +100,7 @@ class DeviceEngine(TorchEngine):
         *,
         max_model_len: int,
         batch_invariant: bool,
+        quantization: str,
     ) -> Model:
         shape = AttentionShape(
             config.num_heads,
@@ -116,6 +117,7 @@ class DeviceEngine(TorchEngine):
             self._make_attention(attention, shape, layout.dtype),
             max_model_len=max_model_len,
             batch_invariant=batch_invariant,
+            quantization=quantization,
         )
 
     def _make_attention(self, name: str, shape: AttentionShape, dtype: str) -> AttentionBackend:

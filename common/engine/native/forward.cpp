@@ -1,8 +1,6 @@
 // A whole step in one call: every layer over all rows, then the logits of those that are sampled.
 //
 // Plain C ABI, no headers but the standard library's.
-#include <vector>
-
 #include "attention.h"
 #include "elementwise.h"
 #include "own.h"
@@ -33,20 +31,9 @@ struct Step {
 };
 
 template <typename T>
-class Buffer {  // keeps its memory from step to step
-  public:
-    T* of(int64_t size) {
-        if (int64_t(numbers.size()) < size) numbers.resize(size_t(size));
-        return numbers.data();
-    }
-
-  private:
-    std::vector<T> numbers;
-};
-
-template <typename T>
-Vec with_bias(const Product& p, int64_t column, const float* sums, int64_t count) {
-    const Vec sum = load(sums);
+Vec finished(const Product& p, int64_t column, const float* sums, int64_t count) {
+    Vec sum = load(sums);
+    if (p.scales) sum *= load_some(p.scales + column, count);
     return p.bias ? sum + load_some(static_cast<const T*>(p.bias) + column, count) : sum;
 }
 
@@ -57,7 +44,7 @@ const Operand<T>* prepare(const Product& p, int64_t rows, Operand<T>* operands, 
     each_row(rows, [&](int64_t row) {
         Operand<T>* line = operands + row * stride;
         fill(row, line);
-        if (p.in % DEPTH<T>) convert(0.0f, line + p.in);
+        for (int64_t d = p.in; d % DEPTH<int8_t>; d++) convert(0.0f, line + d);
     });
     return operands;
 }
@@ -67,7 +54,7 @@ template <typename T, typename Out>
 void multiply_into(const Product& p, const Operand<T>* x, int64_t rows, Out* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
-            const Vec sum = with_bias<T>(p, column + d, sums + d, columns - d);
+            const Vec sum = finished<T>(p, column + d, sums + d, columns - d);
             store_some(y + row * p.out + column + d, round_as(static_cast<T*>(nullptr), sum), columns - d);
         }
     });
@@ -79,7 +66,7 @@ void multiply_onto(const Product& p, const Operand<T>* x, int64_t rows, T* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
             T* target = y + row * p.out + column + d;
-            const Vec sum = with_bias<T>(p, column + d, sums + d, columns - d);
+            const Vec sum = finished<T>(p, column + d, sums + d, columns - d);
             store_some(target, load_some(target, columns - d) + round_as(y, sum), columns - d);
         }
     });
@@ -190,7 +177,7 @@ void product(const Product& p, const T* x, T* y, int64_t rows, int threads) {
 
 // Columns of a panel of packed weights, and numbers of the inner dimension that lie together in it.
 extern "C" int64_t kvbaton_panel() { return PANEL; }
-extern "C" int64_t kvbaton_depth(int32_t bfloat16) { return bfloat16 ? DEPTH<BFloat16> : DEPTH<float>; }
+extern "C" int64_t kvbaton_depth(int32_t bytes_each) { return DEPTH<int8_t> / bytes_each; }
 
 // Adds all layers to the residual stream x [rows, hidden] and writes the rows' keys and values.
 extern "C" void kvbaton_forward(const Model* model, const Step* step, void* keys, void* x,

@@ -38,6 +38,7 @@ class NativeModel:
         *,
         max_model_len: int,
         batch_invariant: bool,
+        quantization: str,
     ) -> None:
         self.config = config
         self.name = build_name(library)
@@ -46,7 +47,7 @@ class NativeModel:
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
-        self._layers, self._head = _pack(config, checkpoint.again(), dtype, library)
+        self._layers, self._head = _pack(config, checkpoint.again(), dtype, library, quantization)
         self._records = (structs.Layer * config.num_layers)(
             *(
                 _record(layer, window)
@@ -141,7 +142,11 @@ class NativeModel:
 
 
 def _pack(
-    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, library: ctypes.CDLL
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    library: ctypes.CDLL,
+    quantization: str,
 ) -> tuple[list[LayerWeights[Packed]], Packed]:
     """All layers and the head, in bytes that the workers of a host share.
 
@@ -151,8 +156,8 @@ def _pack(
     layers = [layer_weights(config, checkpoint, index, dtype) for index in range(config.num_layers)]
     matrices = [matrix for layer in layers for matrix in layer.matrices()]
     matrices.append(Matrix([checkpoint.stored(head)], dtype))
-    key = checkpoint.identity(f"{dtype} {library.kvbaton_panel()}")
-    packed = iter(pack(library, matrices, partial(shared_bytes, key)))
+    key = checkpoint.identity(f"{dtype} {quantization} {library.kvbaton_panel()}")
+    packed = iter(pack(library, matrices, partial(shared_bytes, key), int8=quantization == "int8"))
     return [layer.map(lambda _: next(packed)) for layer in layers], next(packed)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from common.engine.model import Matrix
 from common.engine.native.structs import Product
+from common.engine.quantization import quantise
 
 _ALIGNMENT = 4096
 
@@ -20,17 +21,22 @@ _ALIGNMENT = 4096
 class Packed:
     """y = x W^T + b for x [rows, in] and W [out, in], float32 or bfloat16.
 
-    `weights` is W in panels: [panels, steps, panel, depth], with zeros beyond the matrix.
+    `weights` is W in panels, [panels, steps, panel, depth] with zeros beyond the matrix; with
+    `scales` [out] it is W quantised (see quantization.py), and x, b and y are of W's own type.
     """
 
-    def __init__(self, library: ctypes.CDLL, matrix: Matrix, weights: Tensor) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, matrix: Matrix, weights: Tensor, scales: Tensor | None
+    ) -> None:
         self.out_features, self.in_features = matrix.shape
-        self.dtype = weights.dtype
+        self.dtype = matrix.dtype
         self._library = library
         self._weights = weights
+        self._scales = scales
         self._bias = matrix.bias
         self.product = Product(
             weights=weights.data_ptr(),
+            scales=None if scales is None else scales.data_ptr(),
             bias=None if matrix.bias is None else matrix.bias.data_ptr(),
             inputs=self.in_features,
             outputs=self.out_features,
@@ -52,44 +58,71 @@ class Packed:
         return y
 
 
+Fill = Callable[[mmap.mmap], None]
+
+
 def pack(
     library: ctypes.CDLL,
     matrices: Sequence[Matrix],
-    memory: Callable[[int, Callable[[mmap.mmap], None]], mmap.mmap],
+    memory: Callable[[int, Fill], mmap.mmap],
+    *,
+    int8: bool = False,
 ) -> list[Packed]:
     """All matrices, in what memory(num_bytes, fill) gives: fill is called if it is not filled."""
-    shapes = [_panel_shape(library, matrix) for matrix in matrices]
     places, end = [], 0
-    for shape, matrix in zip(shapes, matrices, strict=True):
-        places.append(end)
-        end += -(-math.prod(shape) * matrix.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-    def views(whole: mmap.mmap) -> list[Tensor]:
-        return [
-            torch.frombuffer(whole, dtype=matrix.dtype, count=math.prod(shape), offset=place).view(
-                shape
-            )
-            for matrix, shape, place in zip(matrices, shapes, places, strict=True)
-        ]
+    for matrix in matrices:
+        places.append(_Place(library, matrix, torch.int8 if int8 else matrix.dtype, end))
+        end = places[-1].end
 
     def fill(whole: mmap.mmap) -> None:
-        for matrix, panels in zip(matrices, views(whole), strict=True):
-            _fill(panels, matrix.stacked())
+        for matrix, place in zip(matrices, places, strict=True):
+            place.fill(whole, matrix)
 
-    packed = views(memory(end, fill))
-    return [Packed(library, *pair) for pair in zip(matrices, packed, strict=True)]
-
-
-def _panel_shape(library: ctypes.CDLL, matrix: Matrix) -> tuple[int, int, int, int]:
-    rows, columns = matrix.shape
-    panel = int(library.kvbaton_panel())
-    depth = int(library.kvbaton_depth(int(matrix.dtype is torch.bfloat16)))
-    return -(-rows // panel), -(-columns // depth), panel, depth
+    whole = memory(end, fill)
+    return [
+        Packed(library, matrix, place.weights(whole), place.scales(whole))
+        for matrix, place in zip(matrices, places, strict=True)
+    ]
 
 
-def _fill(panels: Tensor, weight: Tensor) -> None:
-    num_panels, steps, panel, depth = panels.shape
-    missing = (num_panels * panel - weight.shape[0], steps * depth - weight.shape[1])
-    if any(missing):
-        weight = functional.pad(weight, (0, missing[1], 0, missing[0]))
-    panels.copy_(weight.view(num_panels, panel, steps, depth).transpose(1, 2))
+class _Place:
+    """Where one matrix lies: its panels, and after them its scales, if it is quantised."""
+
+    def __init__(
+        self, library: ctypes.CDLL, matrix: Matrix, dtype: torch.dtype, begin: int
+    ) -> None:
+        rows, columns = matrix.shape
+        panel, depth = library.kvbaton_panel(), library.kvbaton_depth(dtype.itemsize)
+        self._shape = (-(-rows // panel), -(-columns // depth), int(panel), int(depth))
+        self._dtype, self._begin = dtype, begin
+        self._scales_at = _aligned(begin + math.prod(self._shape) * dtype.itemsize)
+        self._num_scales = rows if dtype is torch.int8 else 0
+        self.end = _aligned(self._scales_at + self._num_scales * torch.float32.itemsize)
+
+    def weights(self, whole: mmap.mmap) -> Tensor:
+        count = math.prod(self._shape)
+        flat = torch.frombuffer(whole, dtype=self._dtype, count=count, offset=self._begin)
+        return flat.view(self._shape)
+
+    def scales(self, whole: mmap.mmap) -> Tensor | None:
+        if not self._num_scales:
+            return None
+        return torch.frombuffer(
+            whole, dtype=torch.float32, count=self._num_scales, offset=self._scales_at
+        )
+
+    def fill(self, whole: mmap.mmap, matrix: Matrix) -> None:
+        weight, scales = matrix.stacked(), self.scales(whole)
+        if scales is not None:
+            weight, found = quantise(weight)
+            scales.copy_(found)
+        num_panels, steps, panel, depth = self._shape
+        missing = (num_panels * panel - weight.shape[0], steps * depth - weight.shape[1])
+        if any(missing):
+            weight = functional.pad(weight, (0, missing[1], 0, missing[0]))
+        cut = weight.view(num_panels, panel, steps, depth)
+        self.weights(whole).copy_(cut.transpose(1, 2))
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT

@@ -7,12 +7,16 @@
 
 #include <algorithm>
 
+#include "own.h"
 #include "wide.h"
 
 // A packed matrix: `weights` is [ceil(out / PANEL), ceil(in / DEPTH), PANEL, DEPTH], with zeros
-// beyond `out` and `in`; `bias` is [out] or null.
+// beyond `out` and `in`; `bias` is [out] or null. With `scales`, [out], weights are int8 and each row
+// of W is a multiple of its scale; without, they are of the model's type.
 struct Product {
-    const void *weights, *bias;
+    const void* weights;
+    const float* scales;
+    const void* bias;
     int64_t in, out;
 };
 
@@ -32,38 +36,98 @@ inline int64_t operand_stride(int64_t width) {
     return (width + line - 1) / line * line + line;
 }
 
-template <typename T>
+template <typename W>
 inline int64_t num_steps(const Product& p) {
-    return (p.in + DEPTH<T> - 1) / DEPTH<T>;
+    return (p.in + DEPTH<W> - 1) / DEPTH<W>;
 }
 
 // out[r][0..PANEL) = x[r] . panel for R rows, while cache lines are fetched: two a step from `ahead`
 // on, ahead_step bytes from step to step.
-template <typename T, int R>
-__attribute__((noinline)) void sum_tile(const Operand<T>* x, int64_t stride, const T* panel,
-                                        int64_t steps, const char* ahead, int64_t ahead_step,
-                                        float* out, int64_t out_stride) {
+template <typename W, int R, typename O>
+__attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* panel, int64_t steps,
+                                        const char* ahead, int64_t ahead_step, float* out,
+                                        int64_t out_stride) {
     WideVec sums[R][2] = {};
     for (int64_t step = 0; step < steps; step++) {
         __builtin_prefetch(ahead, 0, 2);
         __builtin_prefetch(ahead + 64, 0, 2);
         ahead += ahead_step;
         add_step<R>(sums, x, stride, panel);
-        x += DEPTH<T>;
-        panel += DEPTH<T> * PANEL;
+        x += DEPTH<W>;
+        panel += DEPTH<W> * PANEL;
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < 2; v++)
             store_wide(out + r * out_stride + v * WIDE, sums[r][v]);
 }
 
-template <typename T, int R = TILE_ROWS>
-void sum_rows(int64_t rows, const Operand<T>* x, int64_t stride, const T* panel, int64_t steps,
+template <typename W, int R = TILE_ROWS, typename O>
+void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
               const char* ahead, int64_t ahead_step, float* out, int64_t out_stride = PANEL) {
     if constexpr (R > 1)
         if (rows < R)
-            return sum_rows<T, R - 1>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
-    sum_tile<T, R>(x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+            return sum_rows<W, R - 1>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+    sum_tile<W, R>(x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+}
+
+// Calls store(row, sums) for every row of one panel's product, tile by tile; the first tile fetches.
+template <typename W, typename O, typename Store>
+void sum_panel(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
+               const char* ahead, int64_t ahead_step, Store&& store) {
+    alignas(64) float sums[TILE_ROWS * PANEL];
+    for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+        const int64_t count = std::min<int64_t>(TILE_ROWS, rows - row);
+        sum_rows<W>(count, x + row * stride, stride, panel, steps, ahead, ahead_step, sums);
+        for (int64_t r = 0; r < count; r++) store(row + r, sums + r * PANEL);
+        ahead_step = 0;
+    }
+}
+
+// A panel of int8 as one of T, in memory of the thread's own.
+template <typename T>
+struct Widened {
+    Buffer<T> panel;
+};
+template <typename T>
+const T* widened(const int8_t* panel, int64_t steps) {
+    constexpr int64_t step_size = DEPTH<int8_t> * PANEL;
+    T* out = own<Widened<T>>().panel.of(steps * step_size);
+    for (int64_t at = 0; at < steps * step_size; at += step_size)
+        for (int d = 0; d < DEPTH<int8_t>; d += DEPTH<T>) widen_step(panel + at, d, out + at + d * PANEL);
+    return out;
+}
+
+// See multiply, for weights packed as W.
+template <typename T, typename W, typename Store>
+void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&& store) {
+    const int64_t stride = operand_stride<T>(p.in), steps = num_steps<W>(p), panels = (p.out + PANEL - 1) / PANEL;
+    const int64_t panel_size = steps * DEPTH<W> * PANEL;
+    const int64_t fitting = CACHED_BYTES / (stride * int64_t(sizeof(Operand<T>)));
+    const int64_t block = std::clamp(fitting / TILE_ROWS * TILE_ROWS, int64_t(TILE_ROWS), MAX_BLOCK_ROWS);
+    const auto weights = static_cast<const W*>(p.weights);
+    for (int64_t begin = 0; begin < rows; begin += block) {
+        const int64_t count = std::min(block, rows - begin);
+#pragma omp for schedule(static) nowait
+        for (int64_t index = 0; index < panels; index++) {
+            const W* panel = weights + index * panel_size;
+            const bool last = index + 1 == panels;
+            const auto ahead = reinterpret_cast<const char*>(last ? panel : panel + panel_size);
+            const int64_t column = index * PANEL, columns = std::min<int64_t>(PANEL, p.out - column);
+            const auto sum = [&](const auto* weights_of, int64_t num_steps, int64_t ahead_step) {
+                sum_panel(count, x + begin * stride, stride, weights_of, num_steps, ahead,
+                          last ? 0 : ahead_step,
+                          [&](int64_t row, const float* sums) { store(begin + row, column, columns, sums); });
+            };
+            if constexpr (std::is_same_v<W, int8_t>) {
+                if (count > TILE_ROWS) {  // each tile would widen it anew
+                    sum(widened<T>(panel, steps), steps * DEPTH<W> / DEPTH<T>, DEPTH<T> * PANEL);
+                    continue;
+                }
+            }
+            sum(panel, steps, 128);
+        }
+    }
+#pragma omp barrier
 }
 
 // Calls store(row, first column, number of columns, sums of that run) for every part of the product
@@ -71,28 +135,8 @@ void sum_rows(int64_t rows, const Operand<T>* x, int64_t stride, const T* panel,
 // all the results when it returns.
 template <typename T, typename Store>
 void multiply(const Product& p, const Operand<T>* x, int64_t rows, Store&& store) {
-    const int64_t stride = operand_stride<T>(p.in), steps = num_steps<T>(p);
-    const int64_t panels = (p.out + PANEL - 1) / PANEL, panel_size = steps * DEPTH<T> * PANEL;
-    const int64_t fitting = CACHED_BYTES / (stride * int64_t(sizeof(Operand<T>)));
-    const int64_t block = std::clamp(fitting / TILE_ROWS * TILE_ROWS, int64_t(TILE_ROWS), MAX_BLOCK_ROWS);
-    const auto weights = static_cast<const T*>(p.weights);
-    for (int64_t begin = 0; begin < rows; begin += block) {
-        const int64_t end = std::min(begin + block, rows);
-#pragma omp for schedule(static) nowait
-        for (int64_t index = 0; index < panels; index++) {
-            const T* panel = weights + index * panel_size;
-            const bool last = index + 1 == panels;
-            alignas(64) float sums[TILE_ROWS * PANEL];
-            for (int64_t row = begin; row < end; row += TILE_ROWS) {
-                const int64_t count = std::min<int64_t>(TILE_ROWS, end - row);
-                const bool fetches = row == begin && !last;
-                sum_rows<T>(count, x + row * stride, stride, panel, steps,
-                            reinterpret_cast<const char*>(fetches ? panel + panel_size : panel),
-                            fetches ? 128 : 0, sums);
-                const int64_t column = index * PANEL, columns = std::min<int64_t>(PANEL, p.out - column);
-                for (int64_t r = 0; r < count; r++) store(row + r, column, columns, sums + r * PANEL);
-            }
-        }
-    }
-#pragma omp barrier
+    if (p.scales)
+        multiply_packed<T, int8_t>(p, x, rows, store);
+    else
+        multiply_packed<T, T>(p, x, rows, store);
 }

@@ -35,7 +35,7 @@ class Product(ctypes.Structure):
     """struct Product of product.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("weights", "bias")),
+        *((name, _POINTER) for name in ("weights", "scales", "bias")),
         *((name, _LONG) for name in ("inputs", "outputs")),
     )
 

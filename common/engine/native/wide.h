@@ -23,6 +23,11 @@ inline WideInt load_wide(const BFloat16* p) {  // as pairs
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+inline WideInt load_wide(const int8_t* p) {  // as fours
+    WideInt v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
 // One number from all lanes, in a fixed order.
@@ -39,9 +44,9 @@ inline float reduce(WideVec v, F&& combine) {
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
 constexpr int PANEL = 2 * WIDE;
 
-// bfloat16 lies in pairs, two neighbours of the inner dimension in each lane.
+// A lane has 4 bytes of neighbours of the inner dimension: a float, a pair of bfloat16, four int8.
 template <typename T>
-constexpr int DEPTH = std::is_same_v<T, BFloat16> ? 2 : 1;
+constexpr int DEPTH = 4 / int(sizeof(T));
 
 // sums[r] gains the products of row r's next DEPTH numbers and the next numbers of PANEL columns.
 template <int R>
@@ -95,3 +100,33 @@ inline void add_step(WideVec (&sums)[R][2], const BFloat16* x, int64_t stride, c
     }
 }
 #endif
+
+// Number i of each four, exactly.
+inline WideVec number(WideInt fours, int i) {
+    return __builtin_convertvector((fours << (24 - 8 * i)) >> 24, WideVec);
+}
+
+// A step of an int8 panel holds several of a panel of another type: the one of its numbers from d on.
+inline void widen_step(const int8_t* panel, int d, float* out) {
+    for (int v = 0; v < 2; v++) store_wide(out + v * WIDE, number(load_wide(panel + v * 4 * WIDE), d));
+}
+inline void widen_step(const int8_t* panel, int d, BFloat16* out) {
+    typedef uint32_t Bits __attribute__((vector_size(4 * WIDE)));
+    for (int v = 0; v < 2; v++) {
+        const WideInt fours = load_wide(panel + v * 4 * WIDE);
+        const auto bits = [&](int i) { return reinterpret_cast<Bits>(number(fours, i)); };
+        const Bits pairs = bits(d) >> 16 | (bits(d + 1) & 0xffff0000);
+        std::memcpy(out + v * 2 * WIDE, &pairs, sizeof pairs);
+    }
+}
+
+// The same sums, to the bit, as the steps of a widened panel give.
+template <int R, typename O>
+inline void add_step(WideVec (&sums)[R][2], const O* x, int64_t stride, const int8_t* panel) {
+#pragma GCC unroll 4
+    for (int d = 0; d < DEPTH<int8_t>; d += DEPTH<O>) {
+        alignas(64) O wide[DEPTH<O> * PANEL];
+        widen_step(panel, d, wide);
+        add_step<R>(sums, x + d, stride, wide);
+    }
+}
