@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.engine.native import library
 from common.engine.model import Matrix
+from common.engine.native import library
 from common.engine.native.packed import Fill, Packed, pack
 from common.engine.quantization import dequantised, quantise
 from common.engine.runner import TorchEngine
