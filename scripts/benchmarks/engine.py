@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common.engine.linear import MIN_ROWS, Linear
+from common.engine.linear import MIN_ROWS
+from common.engine.model import Multiplies
 from common.engine.runner import TorchEngine
 from kvbaton.sampling import SamplingParams
 from scripts.benchmarks import engine_sweep, engines
@@ -74,7 +75,7 @@ def _measure(options: argparse.Namespace, engine: TorchEngine, core: int) -> Rep
 
 
 def _parts(
-    bench: Bench, linears: Sequence[Linear], sequences: int, context: int
+    bench: Bench, linears: Sequence[Multiplies], sequences: int, context: int
 ) -> dict[str, Callable[[], object]]:
     numbers = torch.frombuffer(bench.arena, dtype=torch.float32)
     sampled = SamplingParams(temperature=1.0, seed=1)

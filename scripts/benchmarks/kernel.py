@@ -20,7 +20,7 @@ from common.engine.attention import make_backend
 from common.engine.attention.base import AttentionShape, Batch
 from common.engine.config import load_config
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
-from common.engine.linear import Linear
+from common.engine.model import Multiplies
 from common.engine.runner import TorchEngine
 from common.kv.layout import KvLayout
 from scripts.benchmarks import engines, plots
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> Report:
     return report
 
 
-def _products(linears: Sequence[Linear]) -> list[Part]:
+def _products(linears: Sequence[Multiplies]) -> list[Part]:
     return [
         Part(
             f"{shape} ({len(same)})",

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from common.engine.linear import Linear
+from common.engine.model import Multiplies
 
 _READ_BYTES = 256 << 20  # far more than caches hold
 _SIDE = 1024  # of the square matrices that are multiplied
@@ -40,7 +40,7 @@ class Limits:
         )
 
 
-def limit_parts(linears: Iterable[Linear]) -> dict[str, Callable[[], object]]:
+def limit_parts(linears: Iterable[Multiplies]) -> dict[str, Callable[[], object]]:
     """The ways, to be timed in the rounds of what is held against them. See `limits_of`."""
     numbers = torch.ones(_READ_BYTES // 4)
     parts: dict[str, Callable[[], object]] = {
@@ -56,7 +56,7 @@ def limit_parts(linears: Iterable[Linear]) -> dict[str, Callable[[], object]]:
     return parts
 
 
-def limits_of(seconds: Mapping[str, list[float]], linears: Iterable[Linear]) -> Limits:
+def limits_of(seconds: Mapping[str, list[float]], linears: Iterable[Multiplies]) -> Limits:
     """From the seconds of `limit_parts` in all rounds: the best of the ways' medians."""
     operations = {
         f"multiply: {shape}": product_operations(same[:1], _MANY_ROWS)
@@ -75,15 +75,15 @@ def limits_of(seconds: Mapping[str, list[float]], linears: Iterable[Linear]) -> 
     return Limits(read, multiplied, read_by, multiplied_by)
 
 
-def by_shape(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
+def by_shape(linears: Iterable[Multiplies]) -> dict[str, list[Multiplies]]:
     """Those of each shape, such as 576 x 1536, in the order in which they come."""
-    shapes: dict[str, list[Linear]] = {}
+    shapes: dict[str, list[Multiplies]] = {}
     for each in linears:
         shapes.setdefault(f"{each.in_features} x {each.out_features}", []).append(each)
     return shapes
 
 
-def products(linears: Sequence[Linear], rows: int) -> Callable[[], None]:
+def products(linears: Sequence[Multiplies], rows: int) -> Callable[[], None]:
     """One product of so many rows with each of them, and nothing else."""
     inputs = {
         linear.in_features: torch.randn(rows, linear.in_features).to(linear.dtype)
@@ -98,11 +98,11 @@ def products(linears: Sequence[Linear], rows: int) -> Callable[[], None]:
     return multiply
 
 
-def weight_bytes(linears: Iterable[Linear]) -> int:
+def weight_bytes(linears: Iterable[Multiplies]) -> int:
     """Bytes of their weights."""
     return sum(each.in_features * each.out_features * each.dtype.itemsize for each in linears)
 
 
-def product_operations(linears: Iterable[Linear], rows: int) -> float:
+def product_operations(linears: Iterable[Multiplies], rows: int) -> float:
     """Multiplications and additions of a product of so many rows with each."""
     return 2.0 * rows * sum(each.in_features * each.out_features for each in linears)

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from common.engine.mock import MOCK_LAYOUT
-from common.engine.work import ModelInfo, Sampled, Work
+from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
 from common.messages import WorkerCounts
 from common.notify import Notifier
 from common.seams import LiveClock
@@ -140,7 +140,7 @@ class Engine:
     """Implements work.Engine; a step lasts until `may_end` is set."""
 
     info = ModelInfo("x", 16, 16, (), MOCK_LAYOUT)
-    device_memory = None
+    device_memory: DeviceMemory | None = None
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()
