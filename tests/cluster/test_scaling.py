@@ -10,11 +10,13 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
+
 from common.engine.mock import mock_output
 from kvbaton import AsyncClient
 from tests.cluster.processes import Cluster, running
 
-SIZES = (1, 2, 4, 8, 16)
+FEW_SIZES, SIZES = (1, 4, 16), (1, 2, 4, 8, 16)
 SEQUENCES_A_WORKER = 4
 NUM_TOKENS = 24
 ROUNDS = 2
@@ -38,12 +40,17 @@ async def requests_per_s(cluster: Cluster, size: int) -> float:
         return len(prompts) * ROUNDS / (time.monotonic() - started_at)
 
 
-def test_throughput_grows_with_the_number_of_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sizes", [FEW_SIZES, pytest.param(SIZES, marks=pytest.mark.long)], ids=["few", "all"]
+)
+def test_throughput_grows_with_the_number_of_workers(
+    sizes: tuple[int, ...], tmp_path: Path
+) -> None:
     rates = {}
-    for size in SIZES:
+    for size in sizes:
         folder = tmp_path / str(size)
         folder.mkdir()
         with running(folder, num_prefill=size, num_decode=size, worker=WORKER) as cluster:
             rates[size] = asyncio.run(requests_per_s(cluster, size))
-    shares = {size: rates[size] / (rates[1] * size) for size in SIZES}
+    shares = {size: rates[size] / (rates[1] * size) for size in sizes}
     assert all(share >= 0.9 for share in shares.values()), shares
