@@ -120,7 +120,8 @@ async def run_service(service: Service) -> int:
             return 1
         log.info("draining", signal=stop.result(), num_tasks=len(asyncio.all_tasks()))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.drain(), DRAIN_TIMEOUT_S)
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await service.drain()
         return 0
     finally:
         await service.close()

@@ -56,7 +56,8 @@ async def _ask(endpoint: str, keys: Keys, question: Audit | Why, kind: type[T]) 
     try:
         await gateways.connect()
         gateways.ask(_ID, encode(question), sink)
-        event = await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            event = await answer
     except TimeoutError as error:
         raise ConnectionLostError(
             f"no answer from {endpoint} within {_ANSWER_TIMEOUT_S:g} s"
