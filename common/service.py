@@ -132,7 +132,8 @@ async def run_service(
         log.info("draining", signal=stop.result(), num_tasks=len(asyncio.all_tasks()))
         notifier.stopping(f"draining, for {drain_s:g} s at most")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.drain(), drain_s)
+            async with asyncio.timeout(drain_s):
+                await service.drain()
         return 0
     finally:
         await service.close()

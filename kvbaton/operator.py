@@ -108,7 +108,8 @@ class Operator:
         self._num_asked += 1
         self._gateways.ask(self._num_asked, encode(question(self._num_asked)), sink)
         try:
-            event = await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                event = await answer
         except TimeoutError as error:
             raise ConnectionLostError(
                 f"no answer from {self._endpoint} within {timeout_s:g} s"

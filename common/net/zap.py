@@ -66,7 +66,8 @@ class ZapHandler:
             probe.secure(Curve(public_key.decode(), secret_key.decode(), server_key))
             probe.watch(_OUTCOMES, on_event)
             probe.connect(endpoint)
-            event = zmq.Event(await asyncio.wait_for(outcome, PROOF_TIMEOUT_S))
+            async with asyncio.timeout(PROOF_TIMEOUT_S):
+                event = zmq.Event(await outcome)
         except TimeoutError:
             raise StartError(f"a wrong key was not refused in {PROOF_TIMEOUT_S:g} s") from None
         finally:

@@ -28,7 +28,8 @@ async def top(options: argparse.Namespace) -> int:
             while not stop.is_set():
                 show(await operator.status())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), options.interval)
+                    async with asyncio.timeout(options.interval):
+                        await stop.wait()
     return 0
 
 

@@ -72,7 +72,8 @@ class Placer:
                 self._chooser.placed(stream.request, place)
                 return place
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await news.wait()
 
     def let_in(self) -> None:
         """A worker may have room for another, or whoever was let in has taken its place: it is the
