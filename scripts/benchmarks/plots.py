@@ -115,8 +115,10 @@ def _figure(folder: Path, name: str, columns: int) -> list[Axes]:
 
 
 def _finish(axes: Axes, folder: Path, name: str) -> None:
-    for each in axes.figure.axes:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    for each in figure.axes:
         each.grid(alpha=0.3)
     axes.legend(fontsize="small")
     for kind in ("png", "svg"):
-        axes.figure.savefig(folder / f"{name}.{kind}", dpi=_DPI)
+        figure.savefig(folder / f"{name}.{kind}", dpi=_DPI)
