@@ -19,7 +19,7 @@ BUDGETS_S = {
     "sim": 720,
     "cluster": 600,
     "security": 150,
-    "packaging": 180,
+    "packaging": 120,
 }
 
 
