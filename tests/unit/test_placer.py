@@ -45,6 +45,7 @@ async def test_news_are_looked_at() -> None:
         await asyncio.sleep(0.01)
         assert chooser.num_asked == num_asked
         placer.on_news()
+    await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
