@@ -85,15 +85,6 @@ class Checkpoint:
         """The same, mapped by itself: its pages are given up when it and its tensors are."""
         return Checkpoint(self._folder, self._config, self._device)
 
-    def identity(self, use: str) -> str:
-        """Hexadecimal; changes with the files, as the file system knows them, and with `use`."""
-        digest = hashlib.sha256(use.encode())
-        for path in sorted({entry.file for entry in self.entries.values()}):
-            status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_dev} {status.st_ino} ".encode())
-            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
-        return digest.hexdigest()[:32]
-
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in `dtype` on the device; on a CPU a view of the mapped file where `dtype` is
         its own."""

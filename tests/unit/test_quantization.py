@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import platform
 import random
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from common.engine.model import Matrix
 from common.engine.native import library
-from common.engine.native.packed import Fill, Packed, pack
+from common.engine.native.packed import Packed, pack
 from common.engine.quantization import dequantised, quantise
 from common.engine.runner import TorchEngine
 from common.worker.config import WorkerConfig
@@ -38,16 +37,10 @@ def random_matrix(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(num_bytes: int, fill: Fill) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes)
-    fill(memory)
-    return memory
-
-
 def packed(weight: Tensor, bias: Tensor | None = None) -> Packed:
     kernels = library.load_library(threaded=False)
     assert kernels is not None
-    (product,) = pack(kernels, [Matrix([weight], weight.dtype, bias)], filled, int8=True)
+    (product,) = pack(kernels, [Matrix([weight], weight.dtype, bias)], int8=True)
     return product
 
 

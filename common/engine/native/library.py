@@ -50,7 +50,7 @@ def compile_library(
     `flags` come after the usual ones. Raises OSError, RuntimeError or SubprocessError where it
     cannot be compiled, kept or loaded.
     """
-    folder = cache_folder()
+    folder = _cache_folder()
     flags = _FLAGS + flags
     path = folder / f"native-{_key(compiler, flags)}{'.threaded' if threaded else ''}.so"
     if not path.exists():
@@ -73,7 +73,7 @@ def build_name(library: ctypes.CDLL) -> str:
     return Path(library._name).name.split(".")[0]
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """kvbaton below $XDG_CACHE_HOME or ~/.cache, made if need be.
 
     Raises OSError where it cannot be used. What lies there is executed: it must be ours.

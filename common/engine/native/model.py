@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from common.engine.model import LayerWeights, Matrix, StepInput, layer_weights
 from common.engine.native import structs
 from common.engine.native.library import build_name
 from common.engine.native.packed import Packed, pack
-from common.engine.native.shared_file import shared_bytes
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
 
@@ -148,7 +146,7 @@ def _pack(
     library: ctypes.CDLL,
     quantization: str,
 ) -> tuple[list[LayerWeights[Packed]], Packed]:
-    """All layers and the head, in bytes that the workers of a host share.
+    """All layers and the head.
 
     `checkpoint` is used for nothing else: once it is let go, its pages are not this process's.
     """
@@ -156,8 +154,7 @@ def _pack(
     layers = [layer_weights(config, checkpoint, index, dtype) for index in range(config.num_layers)]
     matrices = [matrix for layer in layers for matrix in layer.matrices()]
     matrices.append(Matrix([checkpoint.stored(head)], dtype))
-    key = checkpoint.identity(f"{dtype} {quantization} {library.kvbaton_panel()}")
-    packed = iter(pack(library, matrices, partial(shared_bytes, key), int8=quantization == "int8"))
+    packed = iter(pack(library, matrices, int8=quantization == "int8"))
     return [layer.map(lambda _: next(packed)) for layer in layers], next(packed)
 
 

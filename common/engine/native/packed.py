@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,27 +59,19 @@ class Packed:
         return y
 
 
-Fill = Callable[[mmap.mmap], None]
-
-
-def pack(
-    library: ctypes.CDLL,
-    matrices: Sequence[Matrix],
-    memory: Callable[[int, Fill], mmap.mmap],
-    *,
-    int8: bool = False,
-) -> list[Packed]:
-    """All matrices, in what memory(num_bytes, fill) gives: fill is called if it is not filled."""
+def pack(library: ctypes.CDLL, matrices: Sequence[Matrix], *, int8: bool = False) -> list[Packed]:
+    """All matrices, one after another in memory with huge pages where the system has them."""
     places, end = [], 0
     for matrix in matrices:
         places.append(_Place(library, matrix, torch.int8 if int8 else matrix.dtype, end))
         end = places[-1].end
 
-    def fill(whole: mmap.mmap) -> None:
-        for matrix, place in zip(matrices, places, strict=True):
-            place.fill(whole, matrix)
-
-    whole = memory(end, fill)
+    whole = mmap.mmap(-1, end)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            whole.madvise(mmap.MADV_HUGEPAGE)
+    for matrix, place in zip(matrices, places, strict=True):
+        place.fill(whole, matrix)
     return [
         Packed(library, matrix, place.weights(whole), place.scales(whole))
         for matrix, place in zip(matrices, places, strict=True)
