@@ -39,9 +39,7 @@ def make_model(
             batch_invariant=batch_invariant,
             quantization=quantization,
         )
-    shape = AttentionShape(
-        config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
-    )
+    shape = AttentionShape.of(config, block_size)
     return Model(
         config,
         checkpoint,

@@ -57,7 +57,8 @@ class Matrix:
 
     def stacked(self) -> Tensor:
         """[out, in]"""
-        return torch.cat([part.to(self.dtype) for part in self.parts])
+        parts = [part.to(self.dtype) for part in self.parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]  # cat would copy a large head
 
 
 @dataclass(frozen=True, slots=True)

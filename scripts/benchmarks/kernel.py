@@ -67,10 +67,7 @@ def run(options: argparse.Namespace) -> Report:
             linears = list(engine.model.linears())
             layout = engine.info.layout
             config = load_config(folder)
-            shape = AttentionShape(
-                config.num_heads, config.num_kv_heads, config.head_dim, layout.block_size,
-                config.windows,
-            )  # fmt: skip
+            shape = AttentionShape.of(config, layout.block_size)
             parts = [*_products(linears), *_attention(shape, layout, options.context)]
             work = {(part.name, part.rows): part.work for part in parts}
             limit = {(name, 0): way for name, way in limit_parts(linears).items()}

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from common.engine.config import ModelConfig
 from common.engine.kv_cache import KvCache
 
 Int32Array = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
@@ -26,6 +27,13 @@ class AttentionShape:
     head_dim: int
     block_size: int
     windows: Sequence[int | None]
+
+    @classmethod
+    def of(cls, config: ModelConfig, block_size: int) -> AttentionShape:
+        """The shape of a model's attention over blocks of so many positions."""
+        return cls(
+            config.num_heads, config.num_kv_heads, config.head_dim, block_size, config.windows
+        )
 
     @property
     def scale(self) -> float:

@@ -102,13 +102,7 @@ class DeviceEngine(TorchEngine):
         batch_invariant: bool,
         quantization: str,
     ) -> Model:
-        shape = AttentionShape(
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            layout.block_size,
-            config.windows,
-        )
+        shape = AttentionShape.of(config, layout.block_size)
         return Model(
             config,
             checkpoint,
