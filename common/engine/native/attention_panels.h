@@ -6,10 +6,10 @@
 
 #include "own.h"
 #include "product.h"
-#include "spans.h"
+#include "softmax.h"
 
 constexpr int PANEL_ROWS = 192;  // of a tile, so that packing is a small part
-constexpr int PANEL_SPAN = 4 * SPAN;
+constexpr int PANEL_SPAN = 2 * SPAN;
 template <typename T>
 using PanelRows = Rows<T, PANEL_SPAN>;
 
@@ -70,8 +70,8 @@ class PanelTile {
         PanelRows<T> at;
         for (int64_t begin = lowest / PANEL_SPAN * PANEL_SPAN; begin < end; begin += PANEL_SPAN) {
             find_rows(p, table, head, begin, end, &at);
-            pack_keys(at, dim, key_panels.data());
-            pack_values(at, dim, value_panels.data());
+            pack_keys(at, dim, key_panels);
+            pack_values(at, dim, value_panels);
             for (int first = 0; first < rows; first += TILE_ROWS)
                 span(first, std::min(TILE_ROWS, rows - first), begin, position, p.window);
         }
@@ -79,7 +79,7 @@ class PanelTile {
             T* target = out + of_row(r, p.out_stride);
             const float* line = &sums[r * sum_width];
             for (int d = 0; d < dim; d += LANES)
-                store_some(target + d, load(line + d) / total[r], dim - d);
+                store_some(target + d, load(line + d) / running[r].total, dim - d);
         }
     }
 
@@ -87,24 +87,26 @@ class PanelTile {
     int rows, groups, dim;
     int64_t query_width, weight_width, sum_width;
     float scale;  // of scores, with the factor that turns exp2 into exp
-    std::vector<Operand<T>> operands, weights;
-    std::vector<T> key_panels, value_panels;
-    std::vector<float> scores, sums, top, total, shrink;
+    Buffer<Operand<T>> operand_rows, weight_rows;
+    Buffer<T> packed_keys, packed_values;
+    Buffer<float> score_rows, sum_lines;
+    Operand<T> *operands, *weights;
+    T *key_panels, *value_panels;
+    float *scores, *sums;
+    std::vector<Running> running;
 
     void start(const Problem& p, int num_queries) {
         groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;
         scale = p.scale * LOG2_E;
         query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(PANEL_SPAN);
         sum_width = (dim + PANEL - 1) / PANEL * PANEL;
-        operands.resize(rows * query_width);
-        weights.resize(TILE_ROWS * weight_width);
-        key_panels.resize(size_t(PANEL_SPAN) * dim);
-        value_panels.assign(size_t(PANEL_SPAN) * sum_width, T{});
-        scores.resize(TILE_ROWS * PANEL_SPAN);
-        sums.assign(size_t(rows) * sum_width, 0.0f);
-        top.assign(rows, UNSEEN);
-        total.assign(rows, 0.0f);
-        shrink.resize(rows);
+        operands = operand_rows.of(rows * query_width);
+        weights = weight_rows.of(TILE_ROWS * weight_width);
+        key_panels = packed_keys.of(PANEL_SPAN * dim);
+        value_panels = packed_values.zeros(PANEL_SPAN * sum_width);
+        scores = score_rows.of(TILE_ROWS * PANEL_SPAN);
+        sums = sum_lines.zeros(rows * sum_width);
+        running.assign(rows, Running{});
     }
 
     // `count` rows from `first` on and the span from `begin` on, of which later positions are unseen.
@@ -117,55 +119,23 @@ class PanelTile {
             sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
                         nearby(), 0, &scores[s], PANEL_SPAN);
         for (int r = first; r < first + count; r++) {
-            const int64_t end_seen = position + r / groups + 1;
-            soften(r, r - first, seen, begin, window ? end_seen - window : 0, end_seen);
+            const int64_t row_seen = position + r / groups + 1 - begin;
+            const int low = int(std::max<int64_t>(window ? row_seen - window : 0, 0));
+            soften(&scores[(r - first) * PANEL_SPAN], &weights[(r - first) * weight_width], low,
+                   int(std::clamp<int64_t>(row_seen, 0, PANEL_SPAN)), seen, scale, running[r]);
         }
         const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
         alignas(64) float part[TILE_ROWS * PANEL];
         for (int d = 0; d < sum_width; d += PANEL) {
-            sum_rows<T>(count, weights.data(), weight_width, &value_panels[d * PANEL_SPAN],
+            sum_rows<T>(count, weights, weight_width, &value_panels[d * PANEL_SPAN],
                         value_steps, nearby(), 0, part);
             for (int r = 0; r < count; r++)
                 for (int i = 0; i < PANEL; i += WIDE) {
                     float* sum = &sums[(first + r) * sum_width + d + i];
-                    store_wide(sum, load_wide(sum) * shrink[first + r] + load_wide(part + r * PANEL + i));
+                    store_wide(sum, load_wide(sum) * running[first + r].shrink + load_wide(part + r * PANEL + i));
                 }
         }
     }
 
-    const char* nearby() const { return reinterpret_cast<const char*>(key_panels.data()); }
-
-    // Line `at` of scores becomes weights of `row`, 0 up to `seen` where it sees nothing; the running
-    // maximum and total move on.
-    void soften(int row, int at_line, int seen, int64_t begin, int64_t first_seen, int64_t end_seen) {
-        float* line = &scores[at_line * PANEL_SPAN];
-        const int low = int(std::max<int64_t>(first_seen - begin, 0));
-        const int high = int(std::min<int64_t>(end_seen - begin, PANEL_SPAN));
-        WideInt lanes;
-        for (int i = 0; i < WIDE; i++) lanes[i] = i;
-        WideVec tops = WideVec{} + top[row], sum = {};
-        for (int s = 0; s < high; s += WIDE) {
-            WideVec scaled = load_wide(line + s) * scale;
-            if (s < low || s + WIDE > high) {
-                const WideInt at = lanes + s;
-                scaled = (at >= low) & (at < high) ? scaled : WideVec{} + UNSEEN;
-            }
-            store_wide(line + s, scaled);
-            tops = scaled > tops ? scaled : tops;
-        }
-        const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
-        for (int s = 0; s < high; s += WIDE) {
-            const WideVec scaled = load_wide(line + s);
-            const WideVec power = exp2_negative_of<WideVec, WideInt>(scaled - above);
-            const WideVec weight = scaled == UNSEEN ? WideVec{} : power;
-            store_wide(line + s, weight);
-            sum += weight;
-        }
-        Operand<T>* kept = &weights[at_line * weight_width];
-        for (int s = 0; s < seen; s += LANES)
-            store_weights(kept + s, s < high ? load(line + s) : Vec{});
-        shrink[row] = above == top[row] ? 1.0f : exp2_negative(splat(top[row] - above))[0];
-        top[row] = above;
-        total[row] = total[row] * shrink[row] + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
-    }
+    const char* nearby() const { return reinterpret_cast<const char*>(key_panels); }
 };

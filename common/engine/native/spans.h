@@ -3,7 +3,7 @@
 
 #include "attention.h"
 
-constexpr int SPAN = 64;  // positions, from a multiple of as many on
+constexpr int SPAN = 128;  // positions, from a multiple of as many on
 constexpr float UNSEEN = -1e30f;
 
 // Where the keys and values of a span's positions lie.
@@ -19,13 +19,12 @@ void find_rows(const Problem& p, const int32_t* table, const T* head, int64_t be
                Rows<T, N>* out) {
     out->count = int(end - begin < N ? end - begin : N);
     int64_t block = begin / p.block_size, offset = begin % p.block_size;
-    for (int s = 0; s < N; s++) {
-        if (s < out->count) {
-            out->keys[s] = head + table[block] * p.block_stride + offset * p.head_dim;
-            if (++offset == p.block_size) offset = 0, block++;
-        } else {
-            out->keys[s] = out->keys[0];
+    for (int s = 0; s < out->count; block++, offset = 0) {
+        const T* rows = head + table[block] * p.block_stride;
+        for (; offset < p.block_size && s < out->count; offset++, s++) {
+            out->keys[s] = rows + offset * p.head_dim;
+            out->values[s] = out->keys[s] + p.value_offset;
         }
-        out->values[s] = out->keys[s] + p.value_offset;
     }
+    for (int s = out->count; s < N; s++) out->keys[s] = out->keys[0], out->values[s] = out->values[0];
 }

@@ -4,15 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
-// PER_QUAD repeats four indices for each group of four lanes, counting on.
 #if defined(__AVX2__)
 constexpr int LANES = 8;
-#define PER_QUAD(a, b, c, d) {a, b, c, d, a + 4, b + 4, c + 4, d + 4}
 #else
 constexpr int LANES = 4;
-#define PER_QUAD(a, b, c, d) {a, b, c, d}
 #endif
-constexpr int QUADS = LANES / 4;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -85,38 +81,18 @@ inline void store_some(T* p, Vec v, int64_t count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
-// Lane 4L + i of the result is the sum of the four lanes 4L .. 4L + 3 of the i-th argument.
-inline Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
-    const IntVec low = PER_QUAD(0, LANES, 1, LANES + 1);
-    const IntVec high = PER_QUAD(2, LANES + 2, 3, LANES + 3);
-    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-    const IntVec even = PER_QUAD(0, 1, LANES, LANES + 1);
-    const IntVec odd = PER_QUAD(2, 3, LANES + 2, LANES + 3);
-    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
-}
-
-// Lane 4g + i of the result is the sum over L of lanes 4L + i of v[g], for g < QUADS.
-inline Vec sum_lanes(const Vec* v) {
-#if defined(__AVX2__)
-    const IntVec low = {0, 1, 2, 3, 8, 9, 10, 11};
-    const IntVec high = {4, 5, 6, 7, 12, 13, 14, 15};
-    return __builtin_shuffle(v[0], v[1], low) + __builtin_shuffle(v[0], v[1], high);
-#else
+// One number from the N lanes of a vector V, in a fixed order; I is a vector of as many integers.
+template <int N, typename I, typename V, typename F>
+inline float reduce_lanes(V v, F&& combine) {
+    for (int half = N / 2; half; half /= 2) {
+        I other;
+        for (int i = 0; i < N; i++) other[i] = i ^ half;
+        v = combine(v, __builtin_shuffle(v, other));
+    }
     return v[0];
-#endif
 }
-
 inline float sum_all(Vec v) {
-    Vec quads[QUADS];
-    for (Vec& quad : quads) quad = sum_quads(v, v, v, v);
-    return sum_lanes(quads)[0];
-}
-
-inline float max_all(Vec v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+    return reduce_lanes<LANES, IntVec>(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes
