@@ -44,6 +44,10 @@ template <typename T>
 void prefetch(const T* row, int head_dim) {
     for (int d = 0; d < head_dim; d += 64 / int(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
+void prefetch(const int8_t* row, int head_dim) {
+    for (int d = 0; d < head_dim; d += 64) __builtin_prefetch(row + d, 0, 2);
+    __builtin_prefetch(row + head_dim, 0, 2);  // its scale
+}
 
 // Scores of R rows for `count` keys. Blocks lie anywhere, so `next` is asked for while this is done.
 template <typename O, typename K, int R>
@@ -91,10 +95,12 @@ void add_span(const O* weights, const float* shrink, int width, const V* const* 
 }
 
 // One sequence's tile of queries under one KV head: rows are (query, head of the group).
-template <typename O>
+template <typename K>
 struct Tile {
+    using O = Operand<K>;
     int rows, groups, width;  // width is head_dim rounded up to whole pairs
     float scale;              // of scores, with the factor that turns exp2 into exp
+    Scales<K> scales;         // of the span
     std::vector<O> queries, weights, keys, values;
     std::vector<float> sums, scores, top, total, shrink;
 
@@ -147,7 +153,9 @@ struct Tile {
         });
         for (int row = 0; row < rows; row++) {
             const int64_t end_seen = position + row / groups + 1;
+            scales.apply_to_scores(&scores[size_t(row) * SPAN]);
             soften(row, begin, window ? end_seen - window : 0, end_seen);
+            scales.apply_to_weights(&weights[size_t(row) * SPAN]);
         }
         each([&](auto r, int row) {
             add_span<O, T, r()>(&weights[size_t(row) * SPAN], &shrink[row], width, at.values, at.count,
@@ -195,10 +203,10 @@ void copy_rows(const T* const* rows, int count, int head_dim, int width, float* 
     }
 }
 
-template <typename T>
-void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int sequence,
-                 int first_query, int num_queries, int kv_head, Tile<Operand<T>>& tile) {
-    using O = Operand<T>;
+template <typename T, typename K>
+void attend_tile(const Problem& p, const T* queries, const K* keys, T* out, int sequence,
+                 int first_query, int num_queries, int kv_head, Tile<K>& tile) {
+    using O = Operand<K>;
     const int64_t row = p.row_starts[sequence] + first_query;
     const int groups = p.num_heads / p.num_kv_heads;
     tile.reset(num_queries, groups, p.head_dim);
@@ -209,7 +217,7 @@ void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int 
     for (int r = 0; r < tile.rows; r++) {
         const T* query = queries + of_row(r, p.query_stride);
         O* line = &tile.queries[size_t(r) * tile.width];
-        for (int d = 0; d < p.head_dim; d++) convert(query[d], line + query_place<T>(d));
+        for (int d = 0; d < p.head_dim; d++) convert(query[d], line + query_place<K>(d));
     }
     const int64_t position = p.starts[sequence] + first_query;
     const int64_t end = position + num_queries;
@@ -221,10 +229,11 @@ void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int 
         tile.values.assign(size_t(SPAN) * tile.width, O{});
     }
     const int32_t* table = p.tables + sequence * p.table_stride;
-    const T* head = keys + int64_t(kv_head) * p.block_size * p.head_dim;
-    const T* next_head = kv_head + 1 < p.num_kv_heads ? head + p.block_size * p.head_dim : head;
+    const int64_t head_size = p.block_size * row_stride<K>(p.head_dim);
+    const K* head = keys + kv_head * head_size;
+    const K* next_head = kv_head + 1 < p.num_kv_heads ? head + head_size : head;
     const int64_t first = lowest / SPAN * SPAN;
-    Rows<T> now, next;
+    Rows<K> now, next;
     find_rows(p, table, head, first, end, &next);
     for (int64_t begin = first; begin < end; begin += SPAN) {
         now = next;
@@ -232,6 +241,7 @@ void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int 
             find_rows(p, table, head, begin + SPAN, end, &next);
         else  // the last span is followed by the next head's first
             find_rows(p, table, next_head, first, end, &next);
+        tile.scales.read(now, p.head_dim);
         if (copies) {
             Rows<O> wide;
             copy_rows(now.keys, now.count, p.head_dim, tile.width, tile.keys.data(), wide.keys);
@@ -245,7 +255,7 @@ void attend_tile(const Problem& p, const T* queries, const T* keys, T* out, int 
     for (int r = 0; r < tile.rows; r++) {
         T* target = out + of_row(r, p.out_stride);
         const float* line = &tile.sums[size_t(r) * tile.width];
-        for (int d = 0; d < p.head_dim; d++) convert(line[sum_place<T>(d)] / tile.total[r], target + d);
+        for (int d = 0; d < p.head_dim; d++) convert(line[sum_place<K>(d)] / tile.total[r], target + d);
     }
 }
 
@@ -269,10 +279,12 @@ std::vector<Item> items_of(const Problem& p) {
     return items;
 }
 
-template <typename T>
-void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
+}  // namespace
+
+template <typename T, typename K>
+void attend(const Problem& p, const T* queries, const K* keys, T* out) {
     const std::vector<Item> items = items_of(p);
-    auto& tile = own<Tile<Operand<T>>>();
+    auto& tile = own<Tile<K>>();
     auto& panels = own<PanelTile<T>>();
     const int groups = p.num_heads / p.num_kv_heads;
 #pragma omp for schedule(dynamic)
@@ -285,25 +297,27 @@ void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
     }
 }
 
-}  // namespace
-
-void attend(const Problem& p, const float* queries, const float* keys, float* out) {
-    attend_all(p, queries, keys, out);
-}
-void attend(const Problem& p, const BFloat16* queries, const BFloat16* keys, BFloat16* out) {
-    attend_all(p, queries, keys, out);
-}
+template void attend(const Problem&, const float*, const float*, float*);
+template void attend(const Problem&, const float*, const int8_t*, float*);
+template void attend(const Problem&, const BFloat16*, const BFloat16*, BFloat16*);
+template void attend(const Problem&, const BFloat16*, const int8_t*, BFloat16*);
 
 extern "C" void kvbaton_attend(const Problem* problem, const void* queries, const void* keys,
-                               void* out, int32_t bfloat16, int32_t threads) {
+                               void* out, int32_t bfloat16, int32_t int8_kv, int32_t threads) {
 #ifndef _OPENMP
     (void)threads;
 #endif
+    const auto run = [&](auto* result) {
+        using T = std::remove_pointer_t<decltype(result)>;
+        const auto asked = static_cast<const T*>(queries);
+        if (int8_kv)
+            attend(*problem, asked, static_cast<const int8_t*>(keys), result);
+        else
+            attend(*problem, asked, static_cast<const T*>(keys), result);
+    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     if (bfloat16)
-        attend(*problem, static_cast<const BFloat16*>(queries), static_cast<const BFloat16*>(keys),
-               static_cast<BFloat16*>(out));
+        run(static_cast<BFloat16*>(out));
     else
-        attend(*problem, static_cast<const float*>(queries), static_cast<const float*>(keys),
-               static_cast<float*>(out));
+        run(static_cast<float*>(out));
 }

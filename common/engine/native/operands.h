@@ -30,7 +30,9 @@ inline VecPair load_pair(const BFloat16* p) {
     const IntVec both = *reinterpret_cast<const PairVec*>(p);
     return {reinterpret_cast<Vec>(both << 16), reinterpret_cast<Vec>(both & int32_t(0xffff0000))};
 }
+inline VecPair load_pair(const int8_t* p) { return {load(p), load(p + LANES)}; }
 inline int place(const float*, int d) { return d; }
+inline int place(const int8_t*, int d) { return d; }
 inline int place(const BFloat16*, int d) {
     return (d & ~(PAIR - 1)) + (d & 1) * LANES + (d >> 1 & (LANES - 1));
 }
