@@ -46,6 +46,7 @@ def _load_engine(config: WorkerConfig) -> Engine:
         device_kv_bytes=config.device_kv_bytes,
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         threads=config.threads,
         batch_invariant=config.batch_invariant,
     )

@@ -35,10 +35,12 @@ std::vector<Item> items_of(const Problem& p) {
     return items;
 }
 
-template <typename T>
-void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
+}  // namespace
+
+template <typename T, typename K>
+void attend(const Problem& p, const T* queries, const K* keys, T* out) {
     const std::vector<Item> items = items_of(p);
-    auto& tile = own<RowTile<T>>();
+    auto& rows = own<RowTile<K>>();
     auto& panels = own<PanelTile<T>>();
     const int groups = p.num_heads / p.num_kv_heads;
 #pragma omp for schedule(dynamic)
@@ -47,29 +49,31 @@ void attend_all(const Problem& p, const T* queries, const T* keys, T* out) {
         if (!p.fixed_order && item.count * groups >= FEWEST_PANEL_ROWS)
             panels.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
         else
-            tile.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
+            rows.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
     }
 }
 
-}  // namespace
-
-void attend(const Problem& p, const float* queries, const float* keys, float* out) {
-    attend_all(p, queries, keys, out);
-}
-void attend(const Problem& p, const BFloat16* queries, const BFloat16* keys, BFloat16* out) {
-    attend_all(p, queries, keys, out);
-}
+template void attend(const Problem&, const float*, const float*, float*);
+template void attend(const Problem&, const float*, const int8_t*, float*);
+template void attend(const Problem&, const BFloat16*, const BFloat16*, BFloat16*);
+template void attend(const Problem&, const BFloat16*, const int8_t*, BFloat16*);
 
 extern "C" void kvbaton_attend(const Problem* problem, const void* queries, const void* keys,
-                               void* out, int32_t bfloat16, int32_t threads) {
+                               void* out, int32_t bfloat16, int32_t int8_kv, int32_t threads) {
 #ifndef _OPENMP
     (void)threads;
 #endif
+    const auto run = [&](auto* result) {
+        using T = std::remove_pointer_t<decltype(result)>;
+        const auto asked = static_cast<const T*>(queries);
+        if (int8_kv)
+            attend(*problem, asked, static_cast<const int8_t*>(keys), result);
+        else
+            attend(*problem, asked, static_cast<const T*>(keys), result);
+    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     if (bfloat16)
-        attend(*problem, static_cast<const BFloat16*>(queries), static_cast<const BFloat16*>(keys),
-               static_cast<BFloat16*>(out));
+        run(static_cast<BFloat16*>(out));
     else
-        attend(*problem, static_cast<const float*>(queries), static_cast<const float*>(keys),
-               static_cast<float*>(out));
+        run(static_cast<float*>(out));
 }

@@ -47,10 +47,33 @@ void pack_values(const PanelRows<T>& at, int dim, T* panels) {
         pack_position(at.values + s, at.count - s, dim, panels + s * PANEL, panel_size);
 }
 
+// Rows of T, expanded where the cache holds others.
+template <typename T>
+class Expanded {
+  public:
+    const PanelRows<T>& of(const PanelRows<T>& at, int) { return at; }
+    const PanelRows<T>& of(const PanelRows<int8_t>& at, int dim) {
+        T* row = room.of(int64_t(2) * PANEL_SPAN * dim);
+        rows.count = at.count;
+        for (int s = 0; s < PANEL_SPAN; s++, row += 2 * dim) {
+            rows.keys[s] = row, rows.values[s] = row + dim;
+            if (s >= at.count) continue;
+            load_row(at.keys[s], dim, row);
+            load_row(at.values[s], dim, row + dim);
+        }
+        return rows;
+    }
+
+  private:
+    PanelRows<T> rows;
+    Buffer<T> room;
+};
+
 template <typename T>
 class PanelTile {
   public:
-    void attend(const Problem& p, const T* queries, const T* keys, T* out, int sequence, int first_query,
+    template <typename K>
+    void attend(const Problem& p, const T* queries, const K* keys, T* out, int sequence, int first_query,
                 int num_queries, int kv_head) {
         start(p, num_queries);
         const int64_t row = p.row_starts[sequence] + first_query;
@@ -66,12 +89,13 @@ class PanelTile {
         const int64_t position = p.starts[sequence] + first_query, end = position + num_queries;
         const int64_t lowest = p.window && position >= p.window ? position - p.window + 1 : 0;
         const int32_t* table = p.tables + sequence * p.table_stride;
-        const T* head = keys + int64_t(kv_head) * p.block_size * dim;
-        PanelRows<T> at;
+        const K* head = keys + int64_t(kv_head) * p.block_size * row_stride<K>(dim);
+        PanelRows<K> at;
         for (int64_t begin = lowest / PANEL_SPAN * PANEL_SPAN; begin < end; begin += PANEL_SPAN) {
             find_rows(p, table, head, begin, end, &at);
-            pack_keys(at, dim, key_panels);
-            pack_values(at, dim, value_panels);
+            const PanelRows<T>& wide = expanded.of(at, dim);
+            pack_keys(wide, dim, key_panels);
+            pack_values(wide, dim, value_panels);
             for (int first = 0; first < rows; first += TILE_ROWS)
                 span(first, std::min(TILE_ROWS, rows - first), begin, position, p.window);
         }
@@ -94,6 +118,7 @@ class PanelTile {
     T *key_panels, *value_panels;
     float *scores, *sums;
     std::vector<Running> running;
+    Expanded<T> expanded;
 
     void start(const Problem& p, int num_queries) {
         groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;

@@ -28,7 +28,9 @@ inline WidePair load_pair(const BFloat16* p) {
     return {reinterpret_cast<WideVec>(both << 16),
             reinterpret_cast<WideVec>(both & int32_t(0xffff0000))};
 }
+inline WidePair load_pair(const int8_t* p) { return {load_numbers(p), load_numbers(p + WIDE)}; }
 inline int place(const float*, int d) { return d; }
+inline int place(const int8_t*, int d) { return d; }
 inline int place(const BFloat16*, int d) {
     return (d & ~(PAIR - 1)) + (d & 1) * WIDE + (d >> 1 & (WIDE - 1));
 }
@@ -79,13 +81,13 @@ inline WideVec add_weighted(WideVec sum, WideInt values, const BFloat16* weights
 #endif
 
 // Where dimension d of a query, and of the weighted sums of values, is kept.
-template <typename T>
+template <typename K>
 inline int query_place(int d) {
-    return std::is_same_v<Operand<T>, BFloat16> ? d : place(static_cast<const T*>(nullptr), d);
+    return std::is_same_v<Operand<K>, BFloat16> ? d : place(static_cast<const K*>(nullptr), d);
 }
-template <typename T>
+template <typename K>
 inline int sum_place(int d) {
-    if (std::is_same_v<Operand<T>, float>) return place(static_cast<const T*>(nullptr), d);
+    if (std::is_same_v<Operand<K>, float>) return place(static_cast<const K*>(nullptr), d);
     return (d & ~(PAIR - 1)) + (d >> 2 & 1) * WIDE + (d >> 3 & 3) * 4 + (d & 3);  // unpacklo, -hi
 }
 
@@ -94,8 +96,13 @@ void prefetch(const T* row, int width) {
     for (int d = 0; d < width; d += 64 / int(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
 }
 
+inline void prefetch(const int8_t* row, int width) {
+    for (int d = 0; d < width; d += 64) __builtin_prefetch(row + d, 0, 2);
+    __builtin_prefetch(row + width, 0, 2);  // its scale
+}
+
 // Scores of R rows for `count` keys. Blocks lie anywhere, so `next` is asked for while this is done.
-template <typename O, typename K, int R, typename Width>
+template <int R, typename O, typename K, typename Width>
 void score_span(const O* queries, Width width, const K* const* keys, int count, float* scores,
                 const K* const* next) {
     WideVec sums[R][WIDE];
@@ -135,7 +142,7 @@ void add_values(const O* weights, const Running* rows, int width, const V* const
         for (int w = 0; w < W; w++) store_wide(sums + r * width + d + w * WIDE, acc[r][w]);
 }
 
-template <typename O, typename V, int R>
+template <int R, typename O, typename V>
 void add_span(const O* weights, const Running* rows, int width, const V* const* values, int count,
               float* sums, const V* const* next) {
     int d = 0;
@@ -171,10 +178,11 @@ void copy_rows(const T* const* rows, int count, int head_dim, int width, float* 
     }
 }
 
-template <typename T>
+template <typename K>
 class RowTile {
   public:
-    void attend(const Problem& p, const T* queries, const T* keys, T* out, int sequence,
+    template <typename T>
+    void attend(const Problem& p, const T* queries, const K* keys, T* out, int sequence,
                 int first_query, int num_queries, int kv_head) {
         start(p, num_queries);
         const int64_t row = p.row_starts[sequence] + first_query;
@@ -184,21 +192,22 @@ class RowTile {
         for (int r = 0; r < rows; r++) {
             const T* query = queries + of_row(r, p.query_stride);
             O* line = &operands[size_t(r) * width];
-            for (int d = 0; d < p.head_dim; d++) convert(query[d], line + query_place<T>(d));
+            for (int d = 0; d < p.head_dim; d++) convert(query[d], line + query_place<K>(d));
         }
         walk(p, keys, sequence, p.starts[sequence] + first_query, num_queries, kv_head);
         for (int r = 0; r < rows; r++) {
             T* target = out + of_row(r, p.out_stride);
             const float* line = &sums[size_t(r) * width];
-            for (int d = 0; d < p.head_dim; d++) convert(line[sum_place<T>(d)] / running[r].total, target + d);
+            for (int d = 0; d < p.head_dim; d++) convert(line[sum_place<K>(d)] / running[r].total, target + d);
         }
     }
 
   private:
-    using O = Operand<T>;
+    using O = Operand<K>;
 
     int rows, groups, width;  // width is head_dim rounded up to whole pairs
     float scale;              // of scores, with the factor that turns exp2 into exp
+    Scales<K> scales;         // of the span
     Buffer<O> operand_rows, weight_rows, key_copies, value_copies;
     Buffer<float> sum_rows, score_rows;
     O *operands, *weights;
@@ -218,17 +227,18 @@ class RowTile {
     }
 
     // All the spans that the queries from `position` on see.
-    void walk(const Problem& p, const T* keys, int sequence, int64_t position, int num_queries, int kv_head) {
+    void walk(const Problem& p, const K* keys, int sequence, int64_t position, int num_queries, int kv_head) {
         const int64_t end = position + num_queries;
         const int64_t lowest = p.window && position >= p.window ? position - p.window + 1 : 0;
         const bool copies = p.head_dim % PAIR || (std::is_same_v<O, float> && rows > DIRECT_ROWS);
         O* const wide_keys = key_copies.zeros(copies ? int64_t(SPAN) * width : 0);
         O* const wide_values = value_copies.zeros(copies ? int64_t(SPAN) * width : 0);
         const int32_t* table = p.tables + sequence * p.table_stride;
-        const T* head = keys + int64_t(kv_head) * p.block_size * p.head_dim;
-        const T* next_head = kv_head + 1 < p.num_kv_heads ? head + p.block_size * p.head_dim : head;
+        const int64_t head_size = p.block_size * row_stride<K>(p.head_dim);
+        const K* head = keys + kv_head * head_size;
+        const K* next_head = kv_head + 1 < p.num_kv_heads ? head + head_size : head;
         const int64_t first = lowest / SPAN * SPAN;
-        Rows<T> now, next;
+        Rows<K> now, next;
         find_rows(p, table, head, first, end, &next);
         for (int64_t begin = first; begin < end; begin += SPAN) {
             now = next;
@@ -236,6 +246,7 @@ class RowTile {
                 find_rows(p, table, head, begin + SPAN, end, &next);
             else  // the last span is followed by the next head's first
                 find_rows(p, table, next_head, first, end, &next);
+            scales.read(now, p.head_dim);
             if (copies) {
                 Rows<O> wide;
                 copy_rows(now.keys, now.count, p.head_dim, width, wide_keys, wide.keys);
@@ -249,23 +260,26 @@ class RowTile {
     }
 
     // `next` is the span that will follow, or null.
-    template <typename K>
-    void span(const Rows<K>& at, const Rows<K>* next, int64_t begin, int64_t position, int window) {
+    template <typename R>
+    void span(const R& at, const R* next, int64_t begin, int64_t position, int window) {
         const int padded = (at.count + WIDE - 1) / WIDE * WIDE;
         each([&](auto r, int row) {
             with_width([&](auto of_row) {
-                score_span<O, K, r()>(&operands[size_t(row) * width], of_row, at.keys, padded,
+                score_span<r()>(&operands[size_t(row) * width], of_row, at.keys, padded,
                                       &scores[size_t(row) * SPAN], row == 0 && next ? next->keys : nullptr);
             });
         });
         for (int row = 0; row < rows; row++) {
             const int64_t seen = position + row / groups + 1 - begin;
             const int low = int(std::max<int64_t>(window ? seen - window : 0, 0));
-            soften(&scores[size_t(row) * SPAN], &weights[size_t(row) * SPAN], low,
-                   int(std::clamp<int64_t>(seen, 0, SPAN)), SPAN, scale, running[row]);
+            float* const line = &scores[size_t(row) * SPAN];
+            O* const softened = &weights[size_t(row) * SPAN];
+            scales.apply_to_scores(line);
+            soften(line, softened, low, int(std::clamp<int64_t>(seen, 0, SPAN)), SPAN, scale, running[row]);
+            scales.apply_to_weights(softened);
         }
         each([&](auto r, int row) {
-            add_span<O, K, r()>(&weights[size_t(row) * SPAN], &running[row], width, at.values, at.count,
+            add_span<r()>(&weights[size_t(row) * SPAN], &running[row], width, at.values, at.count,
                                 &sums[size_t(row) * width], row == 0 && next ? next->values : nullptr);
         });
     }

@@ -27,7 +27,7 @@ struct Step {
     const int64_t* positions;
     Placement placement;
     Problem attention;
-    int64_t layer_stride;  // elements from a layer's keys to the next one's
+    int64_t layer_stride;  // elements of the cache from a layer's keys to the next one's
 };
 
 template <typename T>
@@ -94,7 +94,8 @@ struct Run {
         gate_up = buffers.gate_up.of(s.rows * 2 * m.inner);
     }
 
-    void attend_layer(const Layer& layer, T* keys) {
+    template <typename K>
+    void attend_layer(const Layer& layer, K* keys) {
         const auto norm = static_cast<const T*>(layer.input_norm);
         multiply_into<T>(layer.qkv, normed(layer.qkv, norm), step.rows, qkv);
         const auto cos = static_cast<const T*>(model.cos), sin = static_cast<const T*>(model.sin);
@@ -129,8 +130,8 @@ struct Run {
     }
 };
 
-template <typename T>
-void forward(const Model& model, const Step& step, T* keys, T* x, int threads) {
+template <typename T, typename K>
+void forward(const Model& model, const Step& step, K* keys, T* x, int threads) {
     Run<T> run(model, step, x, own<Buffers<T>>());
 #ifndef _OPENMP
     (void)threads;
@@ -181,11 +182,17 @@ extern "C" int64_t kvbaton_depth(int32_t bytes_each) { return DEPTH<int8_t> / by
 
 // Adds all layers to the residual stream x [rows, hidden] and writes the rows' keys and values.
 extern "C" void kvbaton_forward(const Model* model, const Step* step, void* keys, void* x,
-                                int32_t bfloat16, int32_t threads) {
+                                int32_t bfloat16, int32_t int8_kv, int32_t threads) {
+    const auto run = [&](auto* residual) {
+        if (int8_kv)
+            forward(*model, *step, static_cast<int8_t*>(keys), residual, threads);
+        else
+            forward(*model, *step, static_cast<decltype(residual)>(keys), residual, threads);
+    };
     if (bfloat16)
-        forward(*model, *step, static_cast<BFloat16*>(keys), static_cast<BFloat16*>(x), threads);
+        run(static_cast<BFloat16*>(x));
     else
-        forward(*model, *step, static_cast<float*>(keys), static_cast<float*>(x), threads);
+        run(static_cast<float*>(x));
 }
 
 // Logits [count, p.head.out] of these rows of x.

@@ -84,7 +84,9 @@ class NativeModel:
             ctypes.byref(record),
             ctypes.c_void_p(cache.blocks.data_ptr()),
             ctypes.c_void_p(x.data_ptr()),
-            *_how(x),
+            int(x.dtype is torch.bfloat16),
+            int(cache.is_int8),
+            torch.get_num_threads(),
         )
         return x
 
@@ -98,7 +100,8 @@ class NativeModel:
                 ctypes.c_void_p(rows.data_ptr()),
                 ctypes.c_int64(len(rows)),
                 ctypes.c_void_p(out.data_ptr()),
-                *_how(x),
+                int(x.dtype is torch.bfloat16),
+                torch.get_num_threads(),
             )
         return out
 
@@ -169,8 +172,3 @@ def _record(layer: LayerWeights[Packed], window: int | None) -> structs.Layer:
         down=layer.down.product,
         window=window or 0,
     )
-
-
-def _how(x: Tensor) -> tuple[int, int]:
-    """The last arguments of each call: whether it is bfloat16, and how many threads."""
-    return int(x.dtype is torch.bfloat16), torch.get_num_threads()

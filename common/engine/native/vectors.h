@@ -5,6 +5,10 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -14,6 +18,7 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+typedef int8_t ByteVec __attribute__((vector_size(LANES)));
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -27,6 +32,7 @@ inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 inline Vec splat(float x) { return Vec{} + x; }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(BFloat16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
     float wide;
@@ -63,6 +69,25 @@ inline void store(BFloat16* p, Vec v) {
     const IntVec bits = reinterpret_cast<IntVec>(round_as(p, v)) >> 16;
     const HalfVec halves = __builtin_convertvector(bits, HalfVec);
     std::memcpy(p, &halves, sizeof halves);
+}
+
+// int8 from floats up to 127 in magnitude, to nearest, ties to even; NaN becomes 0.
+inline Vec load(const int8_t* p) {
+#if defined(__AVX2__)  // which the compiler does not find by itself
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const auto whole = reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(bytes));
+#else
+    ByteVec bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const IntVec whole = __builtin_convertvector(bytes, IntVec);
+#endif
+    return __builtin_convertvector(whole, Vec);
+}
+inline void store(int8_t* p, Vec v) {
+    const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23
+    const IntVec whole = reinterpret_cast<IntVec>(v + magic) - reinterpret_cast<IntVec>(magic);
+    const ByteVec bytes = __builtin_convertvector(whole & reinterpret_cast<IntVec>(v == v), ByteVec);
+    std::memcpy(p, &bytes, sizeof bytes);
 }
 
 // LANES numbers, of which the first `count` are there; the others are 0, and are not stored.

@@ -7,7 +7,6 @@
 #include "vectors.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-#include <immintrin.h>
 #define BFLOAT16_PRODUCTS 1
 #else
 #define BFLOAT16_PRODUCTS 0
@@ -41,6 +40,14 @@ inline WideInt load_wide(const int8_t* p) {  // as fours
     WideInt v;
     std::memcpy(&v, p, sizeof v);
     return v;
+}
+inline WideVec load_numbers(const int8_t* p) {  // as floats
+#if defined(__AVX512F__)  // which the compiler does not find by itself
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return __builtin_convertvector(reinterpret_cast<WideInt>(_mm512_cvtepi8_epi32(bytes)), WideVec);
+#else
+    return load(p);
+#endif
 }
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
