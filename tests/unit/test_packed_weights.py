@@ -68,3 +68,15 @@ def test_what_was_packed_is_let_go(tmp_path: Path) -> None:
     mapped = Path("/proc/self/maps").read_text().splitlines()
     assert sum(str(tmp_path) in line for line in mapped) == 1
     engine.close()
+
+
+def test_packed_weights_may_have_huge_pages() -> None:
+    """Linux gives them to private memory; to shared memory, by default, never."""
+    product = packed(Matrix([torch.randn(64, 64)], torch.float32))
+    address = product.product.weights
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        (begin, end), permissions = line.split()[0].split("-"), line.split()[1]
+        if int(begin, 16) <= address < int(end, 16):
+            assert permissions == "rw-p"
+            return
+    pytest.fail("its memory is not mapped")

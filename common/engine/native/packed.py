@@ -66,7 +66,7 @@ def pack(library: ctypes.CDLL, matrices: Sequence[Matrix], *, int8: bool = False
         places.append(_Place(library, matrix, torch.int8 if int8 else matrix.dtype, end))
         end = places[-1].end
 
-    whole = mmap.mmap(-1, end)
+    whole = mmap.mmap(-1, end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones have none
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             whole.madvise(mmap.MADV_HUGEPAGE)
