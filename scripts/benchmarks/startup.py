@@ -25,6 +25,7 @@ from scripts.benchmarks.progress import progress
 from scripts.benchmarks.report import Report
 from scripts.cluster.processes import descendants
 from scripts.make_model import PRESETS
+from tests.cluster.processes import cpu_seconds
 from tests.ports import free_port
 
 _SERVE = [str(engines.ROOT / "scripts" / "serve")]
@@ -51,13 +52,14 @@ _KINDS = {
 @dataclass
 class Start:
     """One start, in seconds from its command on. `marks`: when each event was logged, by role.
-    `memory`: bytes by role and kind."""
+    `memory`: bytes by role and kind. `cpu_s`: of processor time, by role."""
 
     began_s: dict[str, float] = field(default_factory=dict)
     marks: dict[str, dict[str, float]] = field(default_factory=dict)
     ready_s: float = 0.0
     answered_s: float = 0.0
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    cpu_s: dict[str, float] = field(default_factory=dict)
 
     def phases(self, role: str) -> dict[str, float]:
         """How long each phase of a worker took."""
@@ -103,12 +105,11 @@ def measure(model: Path) -> Start:
         read_marks(process.stdout, start, lambda: time.perf_counter() - begun)
         _ask(port)
         start.answered_s = time.perf_counter() - begun
-        for info in descendants(process.pid):
-            role = _role(info.pid)
-            add_memory(start, role, Path(f"/proc/{info.pid}/smaps_rollup").read_text())
-            if role != _LAUNCHER:
-                start.began_s[role] = _started(info.pid) - begun_since_boot
-        add_memory(start, _LAUNCHER, Path(f"/proc/{process.pid}/smaps_rollup").read_text())
+        for pid in (process.pid, *(info.pid for info in descendants(process.pid))):
+            role = _role(pid)
+            start.began_s.setdefault(role, _started(pid) - begun_since_boot)
+            start.cpu_s[role] = start.cpu_s.get(role, 0.0) + cpu_seconds([pid])
+            add_memory(start, role, Path(f"/proc/{pid}/smaps_rollup").read_text())
     return start
 
 
@@ -188,17 +189,21 @@ def _report(model: str, starts: list[Start]) -> Report:
         role: {kind: spread(start.memory[role][kind] for start in starts) for kind in _KINDS}
         for role in sorted(starts[0].memory)
     }
+    cpu = {role: spread(start.cpu_s[role] for start in starts) for role in memory}
     report.figures |= {"ready_s": ready, "answered_s": answered, "phases_s": phases}
-    report.figures["memory_bytes"] = memory
+    report.figures |= {"cpu_s": cpu, "memory_bytes": memory}
     report.table(
         "Seconds of each worker's start, one phase after another",
         ("phase", *workers),
         [(name, *(each.text(digits=2) for each in row.values())) for name, row in phases.items()],
     )
     report.table(
-        "Memory after the first answer, MiB",
-        ("process", *_KINDS),
-        [(role, *(each.text(2**-20, 0) for each in row.values())) for role, row in memory.items()],
+        "Up to the first answer: seconds of processor time, and MiB of memory then",
+        ("process", "cpu", *_KINDS),
+        [
+            (role, cpu[role].text(digits=2), *(each.text(2**-20, 0) for each in row.values()))
+            for role, row in memory.items()
+        ],
     )
     report.note(f"ready after {ready.text(digits=2)} s, first answer {answered.text(digits=2)} s")
     return report
