@@ -58,22 +58,16 @@ template void attend(const Problem&, const float*, const int8_t*, float*);
 template void attend(const Problem&, const BFloat16*, const BFloat16*, BFloat16*);
 template void attend(const Problem&, const BFloat16*, const int8_t*, BFloat16*);
 
-extern "C" void kvbaton_attend(const Problem* problem, const void* queries, const void* keys,
+extern "C" void kvbaton_attend(const Problem* problem, void* queries, void* keys,
                                void* out, int32_t bfloat16, int32_t int8_kv, int32_t threads) {
 #ifndef _OPENMP
     (void)threads;
 #endif
-    const auto run = [&](auto* result) {
-        using T = std::remove_pointer_t<decltype(result)>;
-        const auto asked = static_cast<const T*>(queries);
-        if (int8_kv)
-            attend(*problem, asked, static_cast<const int8_t*>(keys), result);
-        else
-            attend(*problem, asked, static_cast<const T*>(keys), result);
-    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    if (bfloat16)
-        run(static_cast<BFloat16*>(out));
-    else
-        run(static_cast<float*>(out));
+    with_type(bfloat16, [&](auto* queries, auto* out) {
+        if (int8_kv)
+            attend(*problem, queries, static_cast<int8_t*>(keys), out);
+        else
+            attend(*problem, queries, static_cast<decltype(queries)>(keys), out);
+    }, queries, out);
 }

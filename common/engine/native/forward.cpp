@@ -183,32 +183,22 @@ extern "C" int64_t kvbaton_depth(int32_t bytes_each) { return DEPTH<int8_t> / by
 // Adds all layers to the residual stream x [rows, hidden] and writes the rows' keys and values.
 extern "C" void kvbaton_forward(const Model* model, const Step* step, void* keys, void* x,
                                 int32_t bfloat16, int32_t int8_kv, int32_t threads) {
-    const auto run = [&](auto* residual) {
+    with_type(bfloat16, [&](auto* x) {
         if (int8_kv)
-            forward(*model, *step, static_cast<int8_t*>(keys), residual, threads);
+            forward(*model, *step, static_cast<int8_t*>(keys), x, threads);
         else
-            forward(*model, *step, static_cast<decltype(residual)>(keys), residual, threads);
-    };
-    if (bfloat16)
-        run(static_cast<BFloat16*>(x));
-    else
-        run(static_cast<float*>(x));
+            forward(*model, *step, static_cast<decltype(x)>(keys), x, threads);
+    }, x);
 }
 
 // Logits [count, p.head.out] of these rows of x.
-extern "C" void kvbaton_logits(const Model* model, const void* x, const int64_t* rows, int64_t count,
+extern "C" void kvbaton_logits(const Model* model, void* x, const int64_t* rows, int64_t count,
                                float* out, int32_t bfloat16, int32_t threads) {
-    if (bfloat16)
-        logits(*model, static_cast<const BFloat16*>(x), rows, count, out, threads);
-    else
-        logits(*model, static_cast<const float*>(x), rows, count, out, threads);
+    with_type(bfloat16, [&](auto* x) { logits(*model, x, rows, count, out, threads); }, x);
 }
 
 // y [rows, p.out] = x [rows, p.in] W^T + b, by itself.
-extern "C" void kvbaton_product(const Product* p, const void* x, void* y, int64_t rows,
-                                int32_t bfloat16, int32_t threads) {
-    if (bfloat16)
-        product(*p, static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y), rows, threads);
-    else
-        product(*p, static_cast<const float*>(x), static_cast<float*>(y), rows, threads);
+extern "C" void kvbaton_product(const Product* p, void* x, void* y, int64_t rows, int32_t bfloat16,
+                                int32_t threads) {
+    with_type(bfloat16, [&](auto* x, auto* y) { product(*p, x, y, rows, threads); }, x, y);
 }

@@ -14,15 +14,6 @@ void with_threads(int64_t rows, int64_t width, int threads, F&& part) {
     each_row(rows, part);
 }
 
-// Calls part with the arguments as pointers to the numbers they point to.
-template <typename F, typename... Pointers>
-void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
-    if (bfloat16)
-        part(static_cast<BFloat16*>(pointers)...);
-    else
-        part(static_cast<float*>(pointers)...);
-}
-
 }  // namespace
 
 extern "C" void kvbaton_rms_norm(void* x, void* weight, void* out, int64_t rows, int64_t width,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +19,8 @@ from common.engine.native.library import build_name
 from common.engine.native.packed import Packed, pack
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
+
+log = structlog.get_logger()
 
 
 class NativeModel:
@@ -46,6 +49,7 @@ class NativeModel:
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers, self._head = _pack(config, checkpoint.again(), dtype, library, quantization)
+        log.info("weights_packed", num_layers=config.num_layers)
         self._records = (structs.Layer * config.num_layers)(
             *(
                 _record(layer, window)

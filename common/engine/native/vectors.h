@@ -26,6 +26,15 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// Calls part with the arguments as pointers to the numbers they point to.
+template <typename F, typename... Pointers>
+void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
+    if (bfloat16)
+        part(static_cast<BFloat16*>(pointers)...);
+    else
+        part(static_cast<float*>(pointers)...);
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
