@@ -69,9 +69,12 @@ def test_both_kinds_of_engine_compute_alike_and_near_the_exact_kv(
 
     native, torchs = (outcome(attention, "int8") for attention in ("native", "torch"))
     exact = outcome("native", "auto")
-    tolerance = 1e-5 if dtype == "float32" else 0.05
+    # 1e-5 but for a few numbers between two steps, which either may round either way
+    tolerance = 1e-3 if dtype == "float32" else 0.05
     torch.testing.assert_close(native, torchs, atol=tolerance, rtol=0)
     assert 1e-4 < (native - exact).abs().max() < 0.1
+    if dtype == "float32":
+        assert (native - torchs).abs().max() < 0.5 * (native - exact).abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
