@@ -139,30 +139,32 @@ def test_long_contexts_cross_many_spans(name: str, int8_kv: bool) -> None:
     check(name, shape, [(1000, 1), (700, 3), (0, 290)], int8_kv=int8_kv)
 
 
-def test_large_scores_do_not_overflow() -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_large_scores_do_not_overflow(name: str, kv_dtype: str) -> None:
     shape = AttentionShape(2, 1, 32, 16, [None])
     batch, num_blocks = make_batch(np.random.default_rng(1), shape, [(99, 1)])
-    for name in ("native", "torch"):
-        cache = make_cache(shape, "float32", num_blocks)
-        fill(cache, batch, np.random.default_rng(2))
-        cache.blocks *= 100
-        queries = torch.ones(1, 2, 32) * 50
-        out = torch.empty(1, 2, 32)
-        backend = make_backend(name, shape, fixed_order=False)
-        backend.plan(batch)
-        backend.attend(0, queries, cache, out)
-        torch.testing.assert_close(
-            out.double(), dense(shape, 0, batch, queries, cache), atol=1e-3, rtol=1e-4
-        )
+    cache = make_cache(shape, kv_dtype, num_blocks)
+    fill(cache, batch, np.random.default_rng(2))
+    queries = torch.ones(1, 2, 32) * 5000
+    out = torch.empty(1, 2, 32)
+    backend = make_backend(name, shape, fixed_order=False)
+    backend.plan(batch)
+    backend.attend(0, queries, cache, out)
+    torch.testing.assert_close(
+        out.double(), dense(shape, 0, batch, queries, cache), atol=1e-3, rtol=1e-4
+    )
 
 
-def test_damaged_kv_gives_nan_and_not_a_plausible_value() -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_damaged_kv_gives_nan_and_not_a_plausible_value(name: str, kv_dtype: str) -> None:
     shape = AttentionShape(2, 1, 32, 16, [None])
     batch, num_blocks = make_batch(np.random.default_rng(1), shape, [(99, 1)])
-    for name in ("native", "torch"):
-        cache = make_cache(shape, "float32", num_blocks)
+    for keys_or_values in range(2):
+        cache = make_cache(shape, kv_dtype, num_blocks)
         fill(cache, batch, np.random.default_rng(2))
-        cache.blocks[int(batch.tables[0, 2]), 0, 0, 0, 3] = float("nan")
+        fill_with_nan(cache.blocks[int(batch.tables[0, 2]), 0, keys_or_values, 0, 3])
         out = torch.zeros(1, 2, 32)
         backend = make_backend(name, shape, fixed_order=False)
         backend.plan(batch)

@@ -6,6 +6,7 @@
 
 constexpr int SPAN = 128;  // positions, from a multiple of as many on
 constexpr float UNSEEN = -1e30f;
+constexpr float LEAST_WEIGHT = 1e-30f;  // beside the largest, which is 1
 
 // Where the keys and values of a span's positions lie.
 template <typename T, int N = SPAN>
@@ -49,11 +50,15 @@ struct Scales<int8_t> {
             values[s] = scale_of(at.values[s], dim);
         }
     }
-    void apply_to_scores(float* line) const { apply(keys, line); }
-    void apply_to_weights(float* line) const { apply(values, line); }
-
-  private:
-    static void apply(const float* scales, float* line) {
-        for (int s = 0; s < SPAN; s += LANES) store(line + s, load(line + s) * load(scales + s));
+    void apply_to_scores(float* line) const {
+        for (int s = 0; s < SPAN; s += LANES) store(line + s, load(line + s) * load(keys + s));
+    }
+    // A weight next to nothing counts as 0: its product would be denormal, which takes a hundred times
+    // as long.
+    void apply_to_weights(float* line) const {
+        for (int s = 0; s < SPAN; s += LANES) {
+            const Vec weight = load(line + s);
+            store(line + s, pick(weight < LEAST_WEIGHT, Vec{}, weight) * load(values + s));
+        }
     }
 };
