@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from common.engine.linear import Linear
+from common.worker.mover import MESSAGE_BYTES
+from scripts.benchmarks.hosts import Done, residue_s
 from scripts.benchmarks.limits import by_shape, limit_parts, limits_of, weight_bytes
 from scripts.benchmarks.measure import alternate, collect
 from scripts.benchmarks.store_handoffs import PureStore, Shape, handoff
@@ -85,3 +87,12 @@ def test_limits_are_those_of_the_fastest_way() -> None:
     assert limits.least_s(512 * 2**20, 1.0) == pytest.approx(2.0)
     assert limits.least_s(0.0, 2 * 512 * 32 * 64 * 3e6) == pytest.approx(3.0)
     assert weight_bytes(linears) == 3 * 32 * 64 * 4
+
+
+def test_the_residue_is_what_the_links_have_not_carried_when_prefill_ends() -> None:
+    chunks = [Done(number + 1.0, 10 * MESSAGE_BYTES) for number in range(3)]
+    # Both links keep up: the last chunk is left, and behind its last message the second link.
+    assert residue_s(chunks, 100 * MESSAGE_BYTES) == pytest.approx(0.11)
+    # They take 2 s for what is computed in 1 s: 6 s and one message after the first chunk.
+    assert residue_s(chunks, 5 * MESSAGE_BYTES) == pytest.approx(1.0 + 6.0 + 0.2 - 3.0)
+    assert residue_s([], 1.0) == 0.0
