@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -92,8 +91,9 @@ class Host:
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """A process on it, which is a child of ours: signals and exit status are as usual."""
-        make: Callable[[], subprocess.Popen[bytes]] = partial(subprocess.Popen, command, **options)
-        process = self._in_thread(_INSIDE, make)
+        process: subprocess.Popen[bytes] = self._in_thread(
+            _INSIDE, lambda: subprocess.Popen(command, **options)
+        )
         self._processes.append(process)
         return process
 

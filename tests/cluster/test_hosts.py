@@ -61,7 +61,8 @@ def network() -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """What the requests give on one host."""
-    with running(tmp_path_factory.mktemp("one"), worker=WORKER) as cluster:
+    shape: dict[str, Any] = {"mode": "colocated", "num_prefill": 0}
+    with running(tmp_path_factory.mktemp("one"), worker=WORKER, **shape) as cluster:
         endpoint = f"tcp://127.0.0.1:{cluster.client_port}"
         return asyncio.run(_each_once(endpoint, cluster.base_url))
 
