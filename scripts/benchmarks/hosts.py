@@ -28,11 +28,11 @@ from scripts.make_model import make_model
 from tests.cluster.hosts import Network, why_none
 from tests.cluster.spread import SpreadCluster
 
-_LENGTHS = (256, 512, 1024, 2048, 4096)
+_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 _RATES = {"1gbit": 1e9 / 8, "10gbit": 10e9 / 8}  # bytes a second
 _VOCAB = 2048
 _LAYOUT = KvLayout(num_layers=4, num_kv_heads=16, head_dim=128, block_size=16, dtype="bfloat16")
-_HIDDEN = 256
+_HIDDEN = 128
 _TOKEN_BYTES = _LAYOUT.block_bytes // _LAYOUT.block_size
 
 
