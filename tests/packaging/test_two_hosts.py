@@ -1,5 +1,5 @@
-"""docs/systemd.md from bare machines to a cluster of two hosts, and one worker more, on hosts that
-are namespaces: the commands that it tells, without systemd."""
+"""docs/systemd.md from bare machines to a cluster of two hosts, one worker more, and other keys, on
+hosts that are namespaces: the commands that it tells, without systemd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from tests.packaging.test_install import everything, install
 from tests.packaging.units import Installed, Process
 
 ROOT = Path(__file__).parents[2]
-BODY = {"prompt": "def f(x):\n", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+URL = "http://127.0.0.1:8000"
+BODY = {
+    "prompt": "def fibonacci(n):\n    return " * 8,
+    "max_tokens": 8,
+    "temperature": 0,
+    "ignore_eos": True,
+}
 
 
 @pytest.fixture
@@ -62,49 +68,81 @@ class Machine:
         assert everything(self.installed.root) == {}
 
 
+class Cluster:
+    """One machine with gateway, store and prefill, and one with decode workers."""
+
+    def __init__(self, folder: Path, network: Network) -> None:
+        hosts = network.host(), network.host()
+        self.store = f"tcp://{hosts[0].ipv4}:5570"
+        self.one = Machine(hosts[0], folder / "one", "--role", "gateway,kvstore,prefill")
+        flags = ("--role", "decode", "--instances", "decode=2", "--stores", self.store)
+        self.two = Machine(hosts[1], folder / "two", *flags)
+        self.running: dict[str, Process] = {}
+
+    def make_keys(self) -> None:
+        """New ones, and copies of those that the other machine needs."""
+        self.one.script("keygen", str(self.one.keys))
+        subprocess.run(["install", "-d", "-m", "700", self.two.keys], check=True)
+        for name in ("decode.key", "public.json"):
+            shutil.copy(self.one.keys / name, self.two.keys)
+
+    def start(self, *names: str) -> None:
+        """Wait until all of them can work."""
+        for name in names:
+            role, _, number = name.partition("-")
+            machine = self.two if role == "decode" else self.one
+            self.running[name] = machine.start(role, int(number))
+        for name in names:
+            self.running[name].wait_for("READY=1")
+
+    def stop(self, *names: str) -> None:
+        for name in names:
+            process = self.running.pop(name)
+            assert process.stop() == 0, process.log.read_text()
+
+    def get(self, path: str) -> int:
+        """The status."""
+        return self.one.host.call(lambda: httpx.get(f"{URL}{path}")).status_code
+
+    def num_cached(self) -> int:
+        """Of a completion's prompt."""
+        answer = self.one.host.call(
+            lambda: httpx.post(f"{URL}/v1/completions", json=BODY, timeout=60)
+        )
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
+        assert usage["completion_tokens"] == BODY["max_tokens"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+
 @pytest.mark.long
 @pytest.mark.timeout(240)
-def test_from_bare_machines_to_two_hosts_and_one_worker_more(
+def test_from_bare_machines_to_two_hosts_with_one_worker_more_and_other_keys(
     tmp_path: Path, network: Network
 ) -> None:
-    hosts = network.host(), network.host()
-    stores = f"tcp://{hosts[0].ipv4}:5570"
-    one = Machine(hosts[0], tmp_path / "one", "--role", "gateway,kvstore,prefill")
-    flags = ("--role", "decode", "--instances", "decode=2", "--stores", stores)
-    two = Machine(hosts[1], tmp_path / "two", *flags)
-    one.script("keygen", str(one.keys))
-    subprocess.run(["install", "-d", "-m", "700", two.keys], check=True)
-    for name in ("decode.key", "public.json"):
-        shutil.copy(one.keys / name, two.keys)
-
-    started = [two.start("decode", 1), one.start("gateway"), one.start("prefill")]
-    started += [one.start("kvstore"), two.start("decode", 2)]
-    for process in started:
-        process.wait_for("READY=1")
-    said = two.script("doctor", "--role", "decode", "--settings", str(two.settings), "--json")
+    cluster = Cluster(tmp_path, network)
+    cluster.make_keys()
+    cluster.start("decode-1", "gateway-1", "prefill-1", "kvstore-1", "decode-2")
+    settings = cluster.two.settings
+    said = cluster.two.script("doctor", "--role", "decode", "--settings", str(settings), "--json")
     found = [each["message"] for each in json.loads(said) if each["level"] == "ok"]
-    assert any(each.startswith(f"{stores}, asked with the key of decode") for each in found), said
-    assert _get(one, "/ready") == 200
-    _ask(one)
+    asked = f"{cluster.store}, asked with the key of decode"
+    assert any(each.startswith(asked) for each in found), said
+    assert cluster.get("/ready") == 200
+    assert cluster.num_cached() == 0
     # One worker more, and one less.
-    shutil.copy(two.settings / "decode-1.env", two.settings / "decode-3.env")
-    started.append(two.start("decode", 3))
-    started[-1].wait_for("READY=1")
-    for process in (started.pop(0), started.pop(3)):
-        assert process.stop() == 0, process.log.read_text()
-    _ask(one)
-    for process in reversed(started):
-        assert process.stop() == 0, process.log.read_text()
-    one.close()
-    two.close()
-
-
-def _get(machine: Machine, path: str) -> int:
-    return machine.host.call(lambda: httpx.get(f"http://127.0.0.1:8000{path}")).status_code
-
-
-def _ask(machine: Machine) -> None:
-    url = "http://127.0.0.1:8000/v1/completions"
-    answer = machine.host.call(lambda: httpx.post(url, json=BODY, timeout=60))
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == 8
+    shutil.copy(settings / "decode-1.env", settings / "decode-3.env")
+    cluster.start("decode-3")
+    cluster.stop("decode-1")
+    assert cluster.num_cached() > 0
+    # Other keys: the cache stays.
+    for machine in (cluster.one, cluster.two):
+        shutil.rmtree(machine.keys)
+    cluster.make_keys()
+    names = list(cluster.running)
+    cluster.stop(*names)
+    cluster.start(*names)
+    assert cluster.num_cached() > 0
+    cluster.stop(*names)
+    for machine in (cluster.one, cluster.two):
+        machine.close()
