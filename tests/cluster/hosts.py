@@ -25,7 +25,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_FS = 0x200  # a thread that shares its folder and root with others cannot change its mounts
 _IN_NETWORK = ("net",)
 _INSIDE = ("net", "pid_for_children", "mnt")
-_BURST_BYTES = {"1gbit": 256 * 1024, "10gbit": 2 * 1024 * 1024}  # some ms: timers are no finer
+# Some milliseconds, which timers are no finer than, and more than a segment that is not cut yet.
+_BURST_KIB = {"100mbit": 128, "500mbit": 256, "1gbit": 256, "10gbit": 2048}
 AS_ROOT = "unshare --map-root-user --mount --net scripts/test tests/cluster/test_hosts.py"
 
 
@@ -135,7 +136,7 @@ class Host:
 
     def limit(self, rate: str) -> None:
         """So many bits a second each way, such as 1gbit."""
-        shape = f"root tbf rate {rate} burst {_BURST_BYTES[rate]} latency 50ms"
+        shape = f"root tbf rate {rate} burst {_BURST_KIB[rate]}kb latency 50ms"
         _configure("tc", self.pid, f"qdisc replace dev eth0 {shape}")
         _configure("tc", self.wire, f"qdisc replace dev port{self.number} {shape}")
 

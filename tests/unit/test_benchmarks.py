@@ -92,7 +92,9 @@ def test_limits_are_those_of_the_fastest_way() -> None:
 def test_the_residue_is_what_the_links_have_not_carried_when_prefill_ends() -> None:
     chunks = [Done(number + 1.0, 10 * MESSAGE_BYTES) for number in range(3)]
     # Both links keep up: the last chunk is left, and behind its last message the second link.
-    assert residue_s(chunks, 100 * MESSAGE_BYTES) == pytest.approx(0.11)
+    assert residue_s(chunks, 100 * MESSAGE_BYTES, MESSAGE_BYTES) == pytest.approx(0.11)
+    assert residue_s(chunks, 100 * MESSAGE_BYTES, 10 * MESSAGE_BYTES) == pytest.approx(0.2)
     # They take 2 s for what is computed in 1 s: 6 s and one message after the first chunk.
-    assert residue_s(chunks, 5 * MESSAGE_BYTES) == pytest.approx(1.0 + 6.0 + 0.2 - 3.0)
-    assert residue_s([], 1.0) == 0.0
+    found = residue_s(chunks, 5 * MESSAGE_BYTES, MESSAGE_BYTES)
+    assert found == pytest.approx(1.0 + 6.0 + 0.2 - 3.0)
+    assert residue_s([], 1.0, 1) == 0.0
