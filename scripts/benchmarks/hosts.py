@@ -185,35 +185,34 @@ def _took_ms(told: Explanation, stage: str) -> float:
     return sum(each.end_ms - each.start_ms for each in told.stages if each.name == stage)
 
 
+_RESIDUE = {
+    "MiB": ("kv_mib", 0),
+    "prefill": ("prefill_ms", 0),
+    "streamed": ("residue_streamed_ms", 1),
+    "in turn": ("residue_in_turn_ms", 1),
+    "residue": ("residue_ms", 1),
+    "late": ("late_share", 2),
+}
+_FETCH = {
+    "prefill": ("prefill_ms", 0),
+    "computed": ("fetch_computed_ms", 1),
+    "fetch": ("fetch_ms", 1),
+    "predicted": ("fetch_predicted_ms", 1),
+    "moved": ("fetched_share", 2),
+    "even, Gb/s": ("break_even_gbit_per_s", 2),
+}
+
+
 def _show(report: Report, rate: str, lengths: Sequence[int]) -> None:
-    rows = []
-    sooner = {"computed": "", "measured": ""}
-    for length in lengths:
+    def median(length: int, name: str) -> float:
+        return float(report.figures[f"{rate}_{length}_{name}"].median)
 
-        def figure(name: str, scale: float = 1.0, length: int = length) -> float:
-            return float(report.figures[f"{rate}_{length}_{name}"].median) * scale
-
-        prefill = figure("prefill_ms")
-        for kind, name in (("computed", "fetch_computed_ms"), ("measured", "fetch_ms")):
-            if figure(name) < prefill and not sooner[kind]:
-                sooner[kind] = f"from {length} tokens on"
-        rows.append(
-            (
-                str(length),
-                f"{figure('kv_mib'):.0f}",
-                f"{prefill:.0f}",
-                f"{figure('residue_streamed_ms'):.1f}",
-                f"{figure('residue_in_turn_ms'):.1f}",
-                f"{figure('residue_ms'):.1f}",
-                f"{figure('fetch_computed_ms'):.1f}",
-                f"{figure('fetch_ms'):.1f}",
-                f"{figure('fetch_predicted_ms'):.1f}",
-                f"{figure('fetched_share', 100):.0f}",
-                f"{figure('break_even_gbit_per_s'):.2f}",
-            )
-        )
-    columns = ("prompt", "MiB", "prefill", "streamed", "in turn", "residue",
-               "computed", "fetch", "predicted", "moved %", "even, Gb/s")  # fmt: skip
-    report.table(f"{rate} between all hosts, ms (medians)", columns, rows)
-    told = ", ".join(f"{kind} {when or 'at none of these'}" for kind, when in sooner.items())
-    report.note(f"{rate}: fetching is sooner than computing: {told}.")
+    for title, columns in (("Left when prefill ends", _RESIDUE), ("Fetching it", _FETCH)):
+        rows = [
+            (str(length), *(f"{median(length, n):.{digits}f}" for n, digits in columns.values()))
+            for length in lengths
+        ]
+        report.table(f"{title}, {rate} between all hosts, ms (medians)", ("prompt", *columns), rows)
+    for kind, name in (("computed", "fetch_computed_ms"), ("measured", "fetch_ms")):
+        sooner = [n for n in lengths if median(n, name) < median(n, "prefill_ms")]
+        report.note(f"{rate}: fetching is sooner than computing, {kind}: {sooner or 'never'}")

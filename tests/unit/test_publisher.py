@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,18 +16,22 @@ from kvbaton.errors import ConnectionLostError
 PART_BLOCKS = 4
 
 
+def _fail(error: BaseException) -> None:
+    raise error
+
+
 class World:
     """A sequence whose chunk of ten blocks is published, and what comes of it."""
 
     moves = True
 
-    def __init__(self, fail: Callable[[BaseException], None]) -> None:
+    def __init__(self) -> None:
         self.pushes: dict[int, asyncio.Future[None]] = {}  # by the first block
         self.committed: list[Commit] = []
         self.dropped: list[str] = []
         self.num_uses = 0
         self.num_committed = 20
-        self.publisher = Publisher(Tasks(fail), self, PART_BLOCKS)  # type: ignore[arg-type]
+        self.publisher = Publisher(Tasks(_fail), self, PART_BLOCKS)  # type: ignore[arg-type]
         store: Any = SimpleNamespace(commits=lambda _: [self._chunk()], mover=self, link=self)
         sequence: Any = self
         self.publisher.publish(store, sequence)
@@ -65,7 +68,7 @@ class World:
 
 @pytest.fixture
 async def world() -> World:
-    world = World(pytest.fail)
+    world = World()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert list(world.pushes) == [100, 104, 108]
