@@ -16,7 +16,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.kv.layout import KvLayout
 from common.worker.mover import MESSAGE_BYTES
@@ -105,7 +105,7 @@ class _Load:
 
     def __init__(self, cluster: SpreadCluster, model: Path, options: argparse.Namespace) -> None:
         self._cluster = cluster
-        self._worker = {"model": model}
+        self._worker: dict[str, Any] = {"model": model}
         rng = random.Random()  # noqa: S311 - prompts
         self._rounds = [  # one more, which is not told of
             [[rng.randrange(5, _VOCAB) for _ in range(length)] for length in options.lengths]
