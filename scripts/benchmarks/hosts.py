@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> Report:
             _show(report, rate, options.lengths)
     report.note(
         "residue beside what the links allow: streamed, when what comes is sent on at once; in "
-        "turn, when a chunk is sent to the store and then fetched from there. fetch: the KV of a "
+        "turn, when a chunk is sent to the store and then fetched from there; sent: how much of "
+        "the KV went to decode at all, late: of that, after prefill. fetch: the KV of a "
         "prompt that is in the store, beside bytes over rate and what the gateway predicted; "
         "moved: how much of it was really fetched. even: the rate at which fetching takes as long "
         "as computing took. All without headers."
@@ -156,12 +157,13 @@ def _measure(options: argparse.Namespace, report: Report, rate: str, load: _Load
 def _figures(first: Explanation, again: Explanation, bytes_per_s: float) -> dict[str, float]:
     """Of a prompt that was computed, and then asked for at a worker that has nothing of it."""
     chunks = [Done(each.end_ms / 1000, each.num_tokens * _TOKEN_BYTES) for each in first.chunks]
-    (moved,) = [each for each in first.moved if each.worker == first.decode_worker]
-    num_fetched = [
+    num_late = sum(each.num_late_bytes for each in first.moved)
+    num_sent = num_late + sum(each.num_early_bytes for each in first.moved)
+    num_fetched = sum(
         each.num_early_bytes + each.num_late_bytes
         for each in again.moved
         if each.worker == again.prefill_worker
-    ]
+    )
     num_bytes = first.num_prompt_tokens * _TOKEN_BYTES
     prefill_ms = _took_ms(first, "prefill")
     most_bytes = max(each.num_bytes for each in chunks)
@@ -171,11 +173,12 @@ def _figures(first: Explanation, again: Explanation, bytes_per_s: float) -> dict
         "residue_ms": _took_ms(first, "handoff"),
         "residue_streamed_ms": residue_s(chunks, bytes_per_s, MESSAGE_BYTES) * 1000,
         "residue_in_turn_ms": residue_s(chunks, bytes_per_s, most_bytes) * 1000,
-        "late_share": moved.num_late_bytes / (moved.num_early_bytes + moved.num_late_bytes),
+        "sent_share": num_sent / num_bytes,
+        "late_share": num_late / max(1, num_sent),
         "fetch_ms": _took_ms(again, "blocks"),
         "fetch_computed_ms": num_bytes / bytes_per_s * 1000,
         "fetch_predicted_ms": again.placements[-1].chosen.transfer_ms,
-        "fetched_share": sum(num_fetched) / num_bytes,
+        "fetched_share": num_fetched / num_bytes,
         "again_prefill_ms": _took_ms(again, "prefill"),
         "break_even_gbit_per_s": num_bytes * 8 / prefill_ms / 1e6,
     }
@@ -191,6 +194,7 @@ _RESIDUE = {
     "streamed": ("residue_streamed_ms", 1),
     "in turn": ("residue_in_turn_ms", 1),
     "residue": ("residue_ms", 1),
+    "sent": ("sent_share", 2),
     "late": ("late_share", 2),
 }
 _FETCH = {
