@@ -48,7 +48,7 @@ from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
 from common.worker.holdings import holdings
-from common.worker.mover import CorruptPiecesError
+from common.worker.mover import MESSAGE_BYTES, CorruptPiecesError
 from common.worker.progress import Progress
 from common.worker.publisher import Publisher
 from common.worker.pull_rate import PullRate
@@ -110,7 +110,8 @@ class WorkerRuntime:
         self.block_size = self.info.layout.block_size
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
-        self.publisher = Publisher(self.tasks, self.endings)
+        part_blocks = max(1, MESSAGE_BYTES // self.info.layout.block_bytes)
+        self.publisher = Publisher(self.tasks, self.endings, part_blocks)
         steps = self._steps = StepLoop(
             engine,
             self,

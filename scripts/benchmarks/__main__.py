@@ -20,6 +20,7 @@ CASES = {
     "eviction": "which cached blocks to keep: hit rates of a trace, alone and amid a flood",
     "gateway": "what the gateway itself costs, beside a bare server; idle streams",
     "handoff": "from the first token to decode's claim, by prompt length",
+    "hosts": "KV between hosts at 1 and 10 Gb/s: residue, break-even, beside what is computed",
     "invariance": "what batch-invariant mode costs, and what happens without it",
     "kernel": "each matrix product of a model, and attention, beside one core's limits",
     "overload": "goodput at more load than can be served, beside its peak",
