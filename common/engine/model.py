@@ -18,6 +18,7 @@ from common.engine.layers import Layers, Placement
 from common.engine.linear import MIN_ROWS, Linear, QuantisedLinear
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
+from common.kv.layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,20 @@ class StepInput:
     slots: Tensor
     offsets: Tensor
     sample_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What an engine's model is made from, and how: see TorchEngine for the settings."""
+
+    attention: str
+    config: ModelConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    block_size: int
+    max_model_len: int
+    batch_invariant: bool
+    quantization: str
 
 
 L = TypeVar("L")
