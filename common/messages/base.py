@@ -53,7 +53,8 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed, which
     take about `queued_s`. `num_context_tokens`: positions that one token of each running sequence
     attends to. `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those
-    that do not. `pulled_bytes_per_s`: how fast blocks come from the store, where they must.
+    that do not. `pulled_bytes_per_s`, `pushed_bytes_per_s`: how fast blocks come from the store and
+    go there, where they must; 0 before any has.
     `is_draining`: it ends what it has, or hands it on, and takes nothing new. `num_steps`: that it
     has run; of two reports, which come by different ways, the one with fewer is the older."""
 
@@ -66,6 +67,7 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     prompt_steps: StepTimes | None = None
     token_steps: StepTimes | None = None
     pulled_bytes_per_s: Amount = 0.0
+    pushed_bytes_per_s: Amount = 0.0
     is_draining: bool = False
     num_steps: Total = 0
 

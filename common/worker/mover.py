@@ -12,16 +12,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.kv.integrity import block_digest
-from common.messages import (
-    BlockBytes,
-    CorruptError,
-    GetBlocks,
-    PutBlocks,
-    StaleError,
-    WorkerCounts,
-)
+from common.messages import BlockBytes, CorruptError, GetBlocks, PutBlocks, StaleError
 from common.net.link import Link
 from common.seams import Clock
+from common.transfer_rate import TransferRate
+from common.worker.moving import Moving
 from common.worker.sequence import Piece
 from kvbaton.errors import KvbatonError, ProtocolError
 
@@ -100,13 +95,13 @@ class ZmqMover:
         link: Link,
         arena: memoryview,
         block_bytes: int,
-        counts: WorkerCounts,
+        moving: Moving,
         clock: Clock,
     ) -> None:
         self._link = link
         self._arena = arena
         self._block_bytes = block_bytes
-        self._counts = counts
+        self._moving = moving
         self._clock = clock
         self._batch = max(1, MESSAGE_BYTES // block_bytes)
         self._credits = asyncio.Semaphore(max(1, BYTES_IN_FLIGHT // (self._batch * block_bytes)))
@@ -138,7 +133,7 @@ class ZmqMover:
             await self._link.call(message, frames)
             self._held.update((piece.block, s) for piece, s in zip(batch, stamps, strict=True))
 
-        await self._in_batches(push_batch, pieces)
+        await self._in_batches(push_batch, pieces, self._moving.pushes)
 
     async def pull(
         self,
@@ -160,7 +155,7 @@ class ZmqMover:
             num_pulled += len(batch)
 
         missing = [p for p in pieces if self._held.get(p.block) != self._stamp(p.block)]
-        await self._in_batches(pull_batch, missing)
+        await self._in_batches(pull_batch, missing, self._moving.pulls)
         return num_pulled
 
     def _stamp(self, block: int) -> int:
@@ -195,22 +190,30 @@ class ZmqMover:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
 
     async def _in_batches(
-        self, move: Callable[[Sequence[Piece]], Awaitable[None]], pieces: Sequence[Piece]
+        self,
+        move: Callable[[Sequence[Piece]], Awaitable[None]],
+        pieces: Sequence[Piece],
+        rate: TransferRate,
     ) -> None:
         """Move blocks in messages of bounded size, with bounded bytes under way. All have ended
         when this does, also when one has failed: nothing reads or writes memory after that."""
+        counts, clock = self._moving.counts, self._clock
 
         async def move_batch(batch: Sequence[Piece]) -> None:
             async with self._credits:
-                started_at = self._clock.now()
+                started_at = clock.now()
+                rate.begin(started_at)
+                num_bytes = 0
                 try:
                     await move(batch)
+                    num_bytes = len(batch) * self._block_bytes
                 except KvbatonError:
-                    self._counts.num_transfers_failed += 1
+                    counts.num_transfers_failed += 1
                     raise
-                num_bytes = len(batch) * self._block_bytes
+                finally:
+                    rate.end(num_bytes, clock.now())
                 self.num_bytes_moved += num_bytes
-                self._counts.transfer(num_bytes, self._clock.now() - started_at)
+                counts.transfer(num_bytes, clock.now() - started_at)
 
         batches = [pieces[i : i + self._batch] for i in range(0, len(pieces), self._batch)]
         moves = (move_batch(batch) for batch in batches)

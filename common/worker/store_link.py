@@ -33,6 +33,7 @@ from common.service import Seams, Tasks
 from common.worker.device_mover import DeviceMover
 from common.worker.lease import BlockLease
 from common.worker.mover import Mover, ShmMover, ZmqMover
+from common.worker.moving import Moving
 from common.worker.sequence import Sequence
 from kvbaton.errors import ConnectionLostError, KvbatonError
 
@@ -59,6 +60,7 @@ class StoreLink:
         describe: Callable[[str], Member],
         load: Callable[[], Load],
         counts: Callable[[], WorkerCounts],
+        moving: Moving,
         handle: Callable[[StoreLink, Message], None],
         rejoin: Callable[[StoreLink], None],
         refused: Callable[[KvbatonError], None],
@@ -76,6 +78,7 @@ class StoreLink:
         self._describe = describe
         self._load = load
         self._counts = counts
+        self._moving = moving
         self._handle = handle
         self._rejoin = rejoin
         self._refused = refused
@@ -142,7 +145,7 @@ class StoreLink:
             if self._data is not None:
                 self._data.close()
             self._data = self._data_link()
-            self.mover = ZmqMover(self._data, arena, block_bytes, self._counts(), self._seams.clock)
+            self.mover = ZmqMover(self._data, arena, block_bytes, self._moving, self._seams.clock)
         if device is not None:
             self.mover = DeviceMover(self.mover, device, first_slot, block_bytes)
         self._is_ready = True

@@ -25,6 +25,7 @@ from common.messages import (
 )
 from common.seams import LiveClock
 from common.worker.mover import ZmqMover
+from common.worker.moving import Moving
 from common.worker.sequence import Piece
 from scripts.benchmarks.store_handoffs import open_message, random_keys
 from scripts.benchmarks.store_members import StoreMembers
@@ -69,7 +70,7 @@ class MovedPrompt:
                 await self._members.data_link(role),
                 random_blocks(welcome.num_blocks),
                 LAYOUT.block_bytes,
-                WorkerCounts(),
+                Moving(WorkerCounts()),
                 LiveClock(),
             )
             for role in ("prefill", "decode")
