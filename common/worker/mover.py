@@ -83,22 +83,23 @@ class ShmMover:
 
 
 class ZmqMover:
-    """Bytes as frames over the store's data socket, bounded by byte credits.
+    """Bytes as frames over connections to the store's data socket, bounded by byte credits.
 
-    `arena` is this worker's memory for the blocks of one store.
+    `arena` is this worker's memory for the blocks of one store. A message takes the connection on
+    which the fewest wait: nothing depends on the order of two.
     """
 
     moves = True
 
     def __init__(
         self,
-        link: Link,
+        links: Sequence[Link],
         arena: memoryview,
         block_bytes: int,
         moving: Moving,
         clock: Clock,
     ) -> None:
-        self._link = link
+        self._links = links
         self._arena = arena
         self._block_bytes = block_bytes
         self._moving = moving
@@ -130,7 +131,7 @@ class ZmqMover:
                 ],
                 keys=[piece.key for piece in batch],
             )
-            await self._link.call(message, frames)
+            await self._link().call(message, frames)
             self._held.update((piece.block, s) for piece, s in zip(batch, stamps, strict=True))
 
         await self._in_batches(push_batch, pieces, self._moving.pushes)
@@ -149,7 +150,7 @@ class ZmqMover:
             indexes = [piece.place for piece in batch]
             message = GetBlocks(handoff_id=handoff_id, epoch=epoch, indexes=indexes)
             stamps = [self._stamp(piece.block) for piece in batch]
-            answer, frames = await self._link.call_bulk(message)
+            answer, frames = await self._link().call_bulk(message)
             assert isinstance(answer, BlockBytes)
             self._take(batch, stamps, answer.digests, frames, is_wanted)
             num_pulled += len(batch)
@@ -157,6 +158,9 @@ class ZmqMover:
         missing = [p for p in pieces if self._held.get(p.block) != self._stamp(p.block)]
         await self._in_batches(pull_batch, missing, self._moving.pulls)
         return num_pulled
+
+    def _link(self) -> Link:
+        return min(self._links, key=lambda link: link.num_waiting)
 
     def _stamp(self, block: int) -> int:
         stamp = self._stamps.get(block)

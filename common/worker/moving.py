@@ -1,4 +1,4 @@
-"""How the blocks of one worker move: what was measured of it."""
+"""How the blocks of one worker move: what is set, and what was measured."""
 
 from __future__ import annotations
 
@@ -13,5 +13,6 @@ class Moving:
     """Shared by the movers of a worker, one for each store."""
 
     counts: WorkerCounts
+    num_connections: int = 1  # to each store, for block bytes
     pulls: TransferRate = field(default_factory=TransferRate)
     pushes: TransferRate = field(default_factory=TransferRate)

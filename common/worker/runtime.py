@@ -90,7 +90,7 @@ class WorkerRuntime:
         self._make_engine = make_engine
         self._make_role = make_role
         self._counts = WorkerCounts()
-        self._moving = Moving(self._counts)
+        self._moving = Moving(self._counts, config.data_connections)
         self._outputs: dict[bytes, list[OutputToken]] = {}
         self._engine: Engine | None = None
         self._server: Server | None = None

@@ -82,7 +82,7 @@ class StoreLink:
         self._handle = handle
         self._rejoin = rejoin
         self._refused = refused
-        self._data: Link | None = None
+        self._data: list[Link] = []
         self.link = Link(
             seams.transport,
             endpoint,
@@ -142,9 +142,8 @@ class StoreLink:
         if shared:
             self.mover = ShmMover()
         else:
-            if self._data is not None:
-                self._data.close()
-            self._data = self._data_link()
+            self._close_data()
+            self._data = [self._data_link() for _ in range(self._moving.num_connections)]
             self.mover = ZmqMover(self._data, arena, block_bytes, self._moving, self._seams.clock)
         if device is not None:
             self.mover = DeviceMover(self.mover, device, first_slot, block_bytes)
@@ -182,8 +181,9 @@ class StoreLink:
                 await self.link.call(self._heartbeat(), timeout_s=interval_s * HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
-            if self._data is not None and self._data.is_waiting:
-                self._tasks.spawn(self._beat_data(self._data), "data-heartbeat")
+            for data in self._data:
+                if data.num_waiting:
+                    self._tasks.spawn(self._beat_data(data), "data-heartbeat")
 
     async def _beat_data(self, data: Link) -> None:
         """Its number, or that of its answer, shows what was lost before: then the link begins anew,
@@ -239,5 +239,8 @@ class StoreLink:
 
     def close(self) -> None:
         self.link.close()
-        if self._data is not None:
-            self._data.close()
+        self._close_data()
+
+    def _close_data(self) -> None:
+        for data in self._data:
+            data.close()

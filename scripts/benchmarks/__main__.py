@@ -22,6 +22,7 @@ CASES = {
     "handoff": "from the first token to decode's claim, by prompt length",
     "invariance": "what batch-invariant mode costs, and what happens without it",
     "kernel": "each matrix product of a model, and attention, beside one core's limits",
+    "mover": "bytes a second between a worker and a KV store, by encryption and connections",
     "overload": "goodput at more load than can be served, beside its peak",
     "placement": "first tokens of a trace by placement policy, on virtual time",
     "quantization": "what int8 weights change: time, and the demo model's logits and loss",

@@ -51,9 +51,10 @@ class MovedPrompt:
     """A handoff whose blocks go from prefill's memory to the store's, and on to decode's; one can
     follow another. The blocks of the last one lie in the store's `arena` as cache."""
 
-    def __init__(self, members: StoreMembers, num_blocks: int) -> None:
+    def __init__(self, members: StoreMembers, num_blocks: int, num_connections: int = 1) -> None:
         self._members = members
         self._num_blocks = num_blocks
+        self._num_connections = num_connections
         self._told: asyncio.Queue[Message] = asyncio.Queue()
         members.pushed = self._told.put_nowait
         self._handoff: tuple[str, int] = "", 0
@@ -67,7 +68,7 @@ class MovedPrompt:
         self.arena = _map(welcome.arena_path)
         self._prefill, self._decode = [
             ZmqMover(
-                await self._members.data_link(role),
+                [await self._members.data_link(role) for _ in range(self._num_connections)],
                 random_blocks(welcome.num_blocks),
                 LAYOUT.block_bytes,
                 Moving(WorkerCounts()),
