@@ -36,6 +36,9 @@ MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Key = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Encoding = Annotated[
+    str, msgspec.Meta(pattern="^(|planes|int8)$")
+]  # of block bytes; "": as they are
 Traceparent = Annotated[str, msgspec.Meta(pattern=TRACEPARENT)]
 RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 Block = Count
@@ -100,7 +103,8 @@ class Hello(Message, tag="hello"):
 
 
 class Welcome(Message, tag="welcome"):
-    """The answer to hello. `instance_id` changes when the one that answers restarts."""
+    """The answer to hello. `instance_id` changes when the one that answers restarts. `encodings`:
+    how block bytes may come and go beside as they are, from a store's data socket."""
 
     instance_id: str
     heartbeat_s: float = 0.5
@@ -109,6 +113,7 @@ class Welcome(Message, tag="welcome"):
     cache_secret: bytes = b""
     host_id: str = ""
     num_blocks: int = 0
+    encodings: list[RequestName] = []
 
 
 class Failed(Message, tag="failed"):

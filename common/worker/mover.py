@@ -1,8 +1,8 @@
 """Movers make blocks of the store's arena usable where a worker computes.
 
 `shm`: the worker maps the very arena; nothing moves. `zmq`: the worker computes in memory of its
-own and block bytes travel as frames, each with a digest. A block has the same number in both, so a
-block table means the same everywhere; what is already held here is not pulled again.
+own and block bytes travel as frames (block_wire.py), each with a digest. A block has the same
+number in both, so a block table means the same everywhere; what is held here is not pulled again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.kv.integrity import block_digest
-from common.messages import BlockBytes, CorruptError, GetBlocks, PutBlocks, StaleError
-from common.net.link import Link
+from common.messages import CorruptError, GetBlocks, PutBlocks, StaleError
 from common.seams import Clock
 from common.transfer_rate import TransferRate
+from common.worker.block_wire import BlockWire, Frames
 from common.worker.moving import Moving
 from common.worker.sequence import Piece
-from kvbaton.errors import KvbatonError, ProtocolError
+from kvbaton.errors import KvbatonError
 
 BYTES_IN_FLIGHT = 8 * 1024 * 1024  # each way: what may be on its way before an answer came
 MESSAGE_BYTES = 1024 * 1024  # a message's share, small so that neither end's loop stalls on it
@@ -83,23 +83,22 @@ class ShmMover:
 
 
 class ZmqMover:
-    """Bytes as frames over connections to the store's data socket, bounded by byte credits.
+    """Bytes as frames over the connections to a store's data socket, bounded by byte credits.
 
-    `arena` is this worker's memory for the blocks of one store. A message takes the connection on
-    which the fewest wait: nothing depends on the order of two.
+    `arena` is this worker's memory for the blocks of that store.
     """
 
     moves = True
 
     def __init__(
         self,
-        links: Sequence[Link],
+        wire: BlockWire,
         arena: memoryview,
         block_bytes: int,
         moving: Moving,
         clock: Clock,
     ) -> None:
-        self._links = links
+        self._wire = wire
         self._arena = arena
         self._block_bytes = block_bytes
         self._moving = moving
@@ -125,16 +124,18 @@ class ZmqMover:
                 epoch=epoch,
                 first_index=batch[0].place,
                 blocks=[piece.block for piece in batch],
-                digests=[
-                    block_digest(piece.key, stamp, frame)
-                    for piece, stamp, frame in zip(batch, stamps, frames, strict=True)
-                ],
+                digests=[],
                 keys=[piece.key for piece in batch],
             )
-            await self._link().call(message, frames)
+
+            def digests(blocks: Frames) -> list[bytes]:
+                named = zip(batch, stamps, blocks, strict=True)
+                return [block_digest(piece.key, stamp, block) for piece, stamp, block in named]
+
+            await self._wire.put(message, frames, digests)
             self._held.update((piece.block, s) for piece, s in zip(batch, stamps, strict=True))
 
-        await self._in_batches(push_batch, pieces, self._moving.pushes)
+        await self._in_batches(push_batch, pieces, self._moving.pushes.blocks)
 
     async def pull(
         self,
@@ -150,17 +151,13 @@ class ZmqMover:
             indexes = [piece.place for piece in batch]
             message = GetBlocks(handoff_id=handoff_id, epoch=epoch, indexes=indexes)
             stamps = [self._stamp(piece.block) for piece in batch]
-            answer, frames = await self._link().call_bulk(message)
-            assert isinstance(answer, BlockBytes)
-            self._take(batch, stamps, answer.digests, frames, is_wanted)
+            digests, frames = await self._wire.get(message)
+            self._take(batch, stamps, digests, frames, is_wanted)
             num_pulled += len(batch)
 
         missing = [p for p in pieces if self._held.get(p.block) != self._stamp(p.block)]
-        await self._in_batches(pull_batch, missing, self._moving.pulls)
+        await self._in_batches(pull_batch, missing, self._moving.pulls.blocks)
         return num_pulled
-
-    def _link(self) -> Link:
-        return min(self._links, key=lambda link: link.num_waiting)
 
     def _stamp(self, block: int) -> int:
         stamp = self._stamps.get(block)
@@ -173,15 +170,11 @@ class ZmqMover:
         batch: Sequence[Piece],
         stamps: list[int],
         digests: list[bytes],
-        frames: list[memoryview],
+        frames: Frames,
         is_wanted: Callable[[], bool],
     ) -> None:
-        if not len(batch) == len(digests) == len(frames):
-            raise ProtocolError(f"asked for {len(batch)} blocks, {len(frames)} came")
         corrupt: list[int] = []
         for piece, stamp, digest, frame in zip(batch, stamps, digests, frames, strict=True):
-            if frame.nbytes != self._block_bytes:
-                raise ProtocolError(f"a block is {self._block_bytes} bytes, got {frame.nbytes}")
             if block_digest(piece.key, stamp, frame) != digest:
                 corrupt.append(piece.place)
             elif is_wanted():

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from common.cluster_metrics import WorkerRow, worker_families
+from common.config import StartError
 from common.engine.work import Engine, Sampled, Work
 from common.log import change_log_level
 from common.messages import (
@@ -90,7 +91,7 @@ class WorkerRuntime:
         self._make_engine = make_engine
         self._make_role = make_role
         self._counts = WorkerCounts()
-        self._moving = Moving(self._counts, config.data_connections)
+        self._moving = Moving(self._counts, config.data_connections, config.kv_compression)
         self._outputs: dict[bytes, list[OutputToken]] = {}
         self._engine: Engine | None = None
         self._server: Server | None = None
@@ -102,6 +103,10 @@ class WorkerRuntime:
 
     async def start(self) -> None:
         """Load the model, bind, join every store; returns once steps can run."""
+        if self.config.batch_invariant and self.config.kv_compression == "int8":
+            raise StartError(
+                "--kv-compression int8 changes what is computed, which --batch-invariant rules out"
+            )
         notifier = self.seams.notifier
         notifier.describe = self._describe_load
         notifier.status(f"loading {self.config.model}")
@@ -387,12 +392,12 @@ class WorkerRuntime:
     @property
     def pulled_bytes_per_s(self) -> float:
         """How fast blocks come from stores elsewhere, as far as is known; 0 before any has."""
-        return self._moving.pulls.bytes_per_s(self.seams.clock.now())
+        return self._moving.pulls.blocks.bytes_per_s(self.seams.clock.now())
 
     @property
     def pushed_bytes_per_s(self) -> float:
         """How fast they go there."""
-        return self._moving.pushes.bytes_per_s(self.seams.clock.now())
+        return self._moving.pushes.blocks.bytes_per_s(self.seams.clock.now())
 
     @property
     def tokens_per_s(self) -> float:

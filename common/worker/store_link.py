@@ -10,6 +10,7 @@ import structlog
 
 from common.engine.work import DeviceMemory
 from common.incarnations import FormerIds
+from common.kv.layout import KvLayout
 from common.messages import (
     INTERNAL_VERSION,
     Commit,
@@ -30,6 +31,7 @@ from common.messages import (
 from common.net.addresses import reachable
 from common.net.link import Link
 from common.service import Seams, Tasks
+from common.worker.block_wire import BlockWire
 from common.worker.device_mover import DeviceMover
 from common.worker.lease import BlockLease
 from common.worker.mover import Mover, ShmMover, ZmqMover
@@ -82,7 +84,7 @@ class StoreLink:
         self._handle = handle
         self._rejoin = rejoin
         self._refused = refused
-        self._data: list[Link] = []
+        self._data: BlockWire | None = None
         self.link = Link(
             seams.transport,
             endpoint,
@@ -132,7 +134,7 @@ class StoreLink:
         self,
         arena: memoryview,
         first_slot: int,
-        block_bytes: int,
+        layout: KvLayout,
         device: DeviceMemory | None,
         *,
         shared: bool,
@@ -142,13 +144,24 @@ class StoreLink:
         if shared:
             self.mover = ShmMover()
         else:
-            self._close_data()
-            self._data = [self._data_link() for _ in range(self._moving.num_connections)]
-            self.mover = ZmqMover(self._data, arena, block_bytes, self._moving, self._seams.clock)
+            if self._data is not None:
+                self._data.close()
+            self._data = self._data_wire(layout)
+            self.mover = ZmqMover(
+                self._data, arena, layout.block_bytes, self._moving, self._seams.clock
+            )
         if device is not None:
-            self.mover = DeviceMover(self.mover, device, first_slot, block_bytes)
+            self.mover = DeviceMover(self.mover, device, first_slot, layout.block_bytes)
         self._is_ready = True
         self.tell()
+
+    def _data_wire(self, layout: KvLayout) -> BlockWire:
+        links = [self._data_link() for _ in range(self._moving.num_connections)]
+        return BlockWire(links, layout, self._moving, self._seams.clock, self._seams.aside)
+
+    def _data_welcomed(self, welcome: Welcome) -> None:
+        if self._data is not None:
+            self._data.encodings = welcome.encodings
 
     def _data_link(self) -> Link:
         return Link(
@@ -157,7 +170,7 @@ class StoreLink:
             decoder(FromStore),
             role="kvstore",
             hello=self._introduction,
-            welcomed=lambda _: None,
+            welcomed=self._data_welcomed,
             handle=lambda _: None,
             refused=self._data_refused,
         )
@@ -181,7 +194,7 @@ class StoreLink:
                 await self.link.call(self._heartbeat(), timeout_s=interval_s * HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
-            for data in self._data:
+            for data in self._data.links if self._data is not None else ():
                 if data.num_waiting:
                     self._tasks.spawn(self._beat_data(data), "data-heartbeat")
 
@@ -239,8 +252,5 @@ class StoreLink:
 
     def close(self) -> None:
         self.link.close()
-        self._close_data()
-
-    def _close_data(self) -> None:
-        for data in self._data:
-            data.close()
+        if self._data is not None:
+            self._data.close()

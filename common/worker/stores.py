@@ -139,7 +139,7 @@ class Stores:
                 continue
             first_slot = self._memory.first_slot(store.index)
             device = self._engine.device_memory
-            store.ready(place, first_slot, block_bytes, device, shared=shared)
+            store.ready(place, first_slot, self._engine.info.layout, device, shared=shared)
         self.attached.set()
 
     def _replacing(self, place: memoryview) -> AbstractContextManager[None]:
