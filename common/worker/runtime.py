@@ -370,9 +370,10 @@ class WorkerRuntime:
         handoff_id, epoch = sequence.handoff_id, sequence.epoch
         pieces = [Piece(index, block, sequence.digest_key(index)) for index, block in blocks]
         try:
-            sequence.num_moved += await store.mover.pull(
+            num_moved = await store.mover.pull(
                 handoff_id, epoch, pieces, lambda: not sequence.is_over
             )
+            sequence.num_moved += num_moved  # others may have moved some meanwhile
         except CorruptPiecesError as error:
             log.error("blocks_corrupt", **sequence.names, indexes=error.indexes)
             store.link.send(Discard(handoff_id=handoff_id, epoch=epoch, indexes=error.indexes))
