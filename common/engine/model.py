@@ -18,7 +18,6 @@ from common.engine.layers import Layers, Placement
 from common.engine.linear import MIN_ROWS, Linear, QuantisedLinear
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
-from common.kv.layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)

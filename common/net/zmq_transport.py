@@ -109,10 +109,11 @@ def _watch_host(end: EventSocket) -> None:
 
 class ZmqTransport:
     """One ZeroMQ context and the sockets made from it: with `keys`, each of them is encrypted, and
-    the context's ZAP handler decides who gets in. Without, everybody does."""
+    the context's ZAP handler decides who gets in. Without, everybody does. Connections are spread
+    over `io_threads`, which encrypt and decrypt."""
 
-    def __init__(self, keys: Keys | None = None) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    def __init__(self, keys: Keys | None = None, io_threads: int = 1) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._keys = keys
         self._zap = None if keys is None else ZapHandler(self._context, keys.public.users())
 

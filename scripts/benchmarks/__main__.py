@@ -23,6 +23,7 @@ CASES = {
     "hosts": "KV between hosts at 1 and 10 Gb/s: residue, break-even, beside what is computed",
     "invariance": "what batch-invariant mode costs, and what happens without it",
     "kernel": "each matrix product of a model, and attention, beside one core's limits",
+    "mover": "bytes a second between a worker and a KV store, by encryption and connections",
     "overload": "goodput at more load than can be served, beside its peak",
     "placement": "first tokens of a trace by placement policy, on virtual time",
     "quantization": "what int8 weights and KV change: time, and the demo model's logits and loss",
