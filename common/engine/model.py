@@ -237,11 +237,12 @@ def _by_tile(tiles: list[int], part: Callable[..., Tensor], *inputs: Any) -> Ten
 def layer_weights(
     config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype
 ) -> LayerWeights[Matrix]:
-    """One layer as it lies in the checkpoint."""
+    """One layer, its matrices as they lie in the checkpoint."""
     prefix = f"model.layers.{index}."
 
     def tensor(name: str) -> Tensor:
-        return checkpoint.tensor(prefix + name, dtype)
+        """A small one: a view would keep the pages of all that the file has."""
+        return checkpoint.tensor(prefix + name, dtype).clone()
 
     def matrix(names: tuple[str, ...], bias: bool) -> Matrix:
         """Matrices that share their input, to be stacked into one."""

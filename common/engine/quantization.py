@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers, by output channel.
+"""Weights as 8-bit integers by output channel, and keys and values by position and head.
 
 The method is that of Wu et al., "Integer Quantization for Deep Learning Inference: Principles and
 Empirical Evaluation" (arXiv:2004.09602), for weights: symmetric, one scale for each output channel,
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 QUANTIZATIONS = ("none", "int8")
+KV_CACHE_DTYPES = ("auto", "int8")
 _LARGEST = 127
 _ROWS_AT_ONCE = 1024  # the matrix of a large head in float32 would be larger than all else
 

@@ -16,7 +16,7 @@ from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.model import Forward, StepInput
-from common.engine.quantization import QUANTIZATIONS
+from common.engine.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
 from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
 from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
@@ -47,17 +47,21 @@ class TorchEngine:
         device: str = "auto",
         attention: str = "auto",
         quantization: str = "none",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         """Load the model of a Hugging Face folder.
 
         `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
         `device` is cpu, and auto means it too; loading.py chooses among devices. `attention` is one
         of attention.BACKENDS; with torch no code of our own is compiled. `quantization` int8 keeps
-        the matrices in 8 bits: see quantization.py. Raises ModelError for a folder or settings that
-        cannot be served.
+        the matrices in 8 bits, and `kv_cache_dtype` int8 the KV, of which auto keeps what was
+        computed: see quantization.py. Raises ModelError for a folder or settings that cannot be
+        served.
         """
         self._device = self._choose_device(device, attention)
-        _check_settings(threads, block_size, quantization)
+        _check_settings(threads, block_size)
+        _check_choice("quantization", quantization, QUANTIZATIONS)
+        _check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
         torch.set_num_threads(threads)
         config = load_config(model_dir)
         length = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -66,19 +70,21 @@ class TorchEngine:
                 f"{model_dir}: max_model_len must be from 1 to the model's max_position_embeddings "
                 f"{config.max_position_embeddings}, got {length}"
             )
+        computed = _dtype(dtype, config)
         layout = KvLayout(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=_BLOCK_SIZES[self._device.type] if block_size is None else block_size,
-            dtype=_dtype(dtype, config),
+            dtype=computed if kv_cache_dtype == "auto" else kv_cache_dtype,
         )
         checkpoint = Checkpoint(model_dir, config, self._device)
         self.model = self._make_model(
             attention,
             config,
             checkpoint,
-            layout,
+            TORCH_DTYPES[computed],
+            layout.block_size,
             max_model_len=length,
             batch_invariant=batch_invariant,
             quantization=quantization,
@@ -86,6 +92,8 @@ class TorchEngine:
         arithmetic = _arithmetic(self.model.name) if batch_invariant else ""
         if quantization != "none":
             arithmetic = f"{quantization} {arithmetic}"
+        if kv_cache_dtype != "auto":
+            arithmetic = f"{computed} as {kv_cache_dtype} {arithmetic}"
         self.info = ModelInfo(
             fingerprint=fingerprint(model_dir, checkpoint.entries, layout, arithmetic),
             max_model_len=length,
@@ -112,7 +120,8 @@ class TorchEngine:
         attention: str,
         config: ModelConfig,
         checkpoint: Checkpoint,
-        layout: KvLayout,
+        dtype: torch.dtype,
+        block_size: int,
         *,
         max_model_len: int,
         batch_invariant: bool,
@@ -122,9 +131,9 @@ class TorchEngine:
             attention,
             config,
             checkpoint,
-            TORCH_DTYPES[layout.dtype],
+            dtype,
             max_model_len=max_model_len,
-            block_size=layout.block_size,
+            block_size=block_size,
             batch_invariant=batch_invariant,
             quantization=quantization,
         )
@@ -244,15 +253,16 @@ class TorchEngine:
             assert not work.sample or end == len(work.tokens)
 
 
-def _check_settings(threads: int, block_size: int | None, quantization: str) -> None:
+def _check_settings(threads: int, block_size: int | None) -> None:
     if threads < 1:
         raise ModelError(f"threads must be at least 1, got {threads}")
     if block_size is not None and block_size < 1:
         raise ModelError(f"block_size must be at least 1, got {block_size}")
-    if quantization not in QUANTIZATIONS:
-        raise ModelError(
-            f"quantization {quantization!r} is not supported; use {' or '.join(QUANTIZATIONS)}"
-        )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ModelError(f"{name} {value!r} is not supported; use {' or '.join(choices)}")
 
 
 def _arithmetic(model: str) -> str:

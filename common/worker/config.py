@@ -26,6 +26,9 @@ class WorkerConfig:
         0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
     )
     quantization: str = setting("none", "none, or int8: smaller weights", choices="none int8")
+    kv_cache_dtype: str = setting(
+        "auto", "auto: as computed; or int8: smaller KV", choices="auto int8"
+    )
     threads: int = setting(1, "compute threads", low=1)
     cpus: str = setting("", "cores to run on, such as 0-3,8; any unless given")
     batch_invariant: bool = setting(False, "bits of a request never depend on the batch")

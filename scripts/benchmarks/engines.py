@@ -15,12 +15,13 @@ import torch
 from tokenizers import Tokenizer
 
 from common.engine.config import load_config
-from common.engine.kv_cache import TORCH_DTYPES
+from common.engine.kv_cache import KvCache, quantised_rows
 from common.engine.runner import TorchEngine
 from common.engine.work import Work
 from kvbaton.sampling import SamplingParams
 from scripts.make_model import PRESETS, make_model
 
+_RANDOM_BLOCKS = 64
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
 GREEDY = SamplingParams(temperature=0)
@@ -91,11 +92,20 @@ def make_bench(engine: TorchEngine, num_sequences: int, num_tokens: int) -> Benc
     per_sequence = -(-num_tokens // layout.block_size)
     count = num_sequences * per_sequence
     arena = memoryview(mmap.mmap(-1, count * layout.block_bytes))
-    torch.frombuffer(arena, dtype=TORCH_DTYPES[layout.dtype]).normal_()
+    fill(KvCache(layout, arena))
     engine.attach(arena)
     slots: list[int] = np.random.default_rng(0).permutation(count).tolist()
     tables = [slots[at : at + per_sequence] for at in range(0, count, per_sequence)]
     return Bench(engine, arena, tables)
+
+
+def fill(cache: KvCache) -> None:
+    """Random KV; some blocks of it, again and again."""
+    shape = (_RANDOM_BLOCKS, *cache.blocks.shape[1:-1], cache.layout.head_dim)
+    numbers = torch.randn(shape)
+    rows = quantised_rows(numbers) if cache.is_int8 else numbers.to(cache.blocks.dtype)
+    for blocks in torch.split(cache.blocks, _RANDOM_BLOCKS):
+        blocks.copy_(rows[: len(blocks)])
 
 
 def source_prompts(folder: Path, count: int, length: int) -> list[list[int]]:

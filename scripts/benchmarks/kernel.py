@@ -113,8 +113,8 @@ def _attention(shape: AttentionShape, layout: KvLayout, context: int) -> list[Pa
     counts = [rows for rows in _ROWS if rows < _PROMPT]
     num_blocks = per_sequence * counts[-1]
     arena = memoryview(mmap.mmap(-1, num_blocks * layout.block_bytes))
-    torch.frombuffer(arena, dtype=TORCH_DTYPES[layout.dtype]).normal_()
     cache = KvCache(layout, arena)
+    engines.fill(cache)
     tables = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
     tables = tables.reshape(-1, per_sequence)
     position = layout.block_bytes / layout.block_size  # bytes of one, in all layers

@@ -1,24 +1,25 @@
-"""What int8 weights change: the time of steps, and the demo model's logits on text held out.
+"""What int8 weights and int8 KV change: the time of steps, and the demo model's logits on text held
+out.
 
-Two engines on one model, with int8 weights and without, in alternated rounds; then the demo model
-both ways over the text that it was not trained on, in windows of its context: nats a token, and how
-far the logits and the distributions that follow from them are apart, position by position.
+Engines on one model, as it is and with int8, in alternated rounds; then the demo model in the same
+ways over the text that it was not trained on, in windows of its context: nats a token, and how far
+the logits and the distributions that follow from them are apart, position by position.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from common.engine.quantization import QUANTIZATIONS
 from common.engine.runner import TorchEngine
 from common.engine.work import Work
 from scripts.benchmarks import engines
@@ -28,83 +29,112 @@ from scripts.benchmarks.report import Report
 from scripts.demo.corpus import load_corpus
 from scripts.demo.tokenizer import encode, held_out_documents
 
-_CONTEXT = 512
-_DECODES = (1, 8, 32)
+VARIANTS = {
+    "weights": {"quantization": "int8"},
+    "kv": {"kv_cache_dtype": "int8"},
+    "both": {"quantization": "int8", "kv_cache_dtype": "int8"},
+}
+_PLAIN = "none"
+_STEPS = ("decode", "prefill")
+
+
+class Distance(NamedTuple):
+    """How far a variant is from the plain model: means over positions, and one maximum."""
+
+    nats: float  # its loss, a token
+    divergence: float  # from the plain model's distributions, in nats
+    same_first: float  # share of positions with the same most likely token
+    furthest_logit: float
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this case."""
     engines.add_options(parser)
-    parser.add_argument("--windows", type=int, help="of text held out (default: all)")
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    add("--contexts", nargs="*", type=int, default=[512], help="positions (default: 512)")
+    add("--sequences", nargs="+", type=int, default=[1, 8, 32], help="(default: 1 8 32)")
+    add("--steps", nargs="+", choices=_STEPS, default=_STEPS, help="what to time (default: both)")
+    add("--windows", type=int, help="of text held out (default: all; 0: none)")
 
 
 def run(options: argparse.Namespace) -> Report:
     """Measure."""
     core = pin(options.core)
     report = Report("quantization", {"model": engines.name_of(options), "core": core})
-    with model_folder(options) as folder:
-        _add_times(report, folder, options.rounds)
-    _add_quality(report, options.windows)
+    if options.contexts:
+        with model_folder(options) as folder:
+            for context in options.contexts:
+                _add_times(report, folder, context, options)
+    if options.windows != 0:
+        _add_quality(report, options.variants, options.windows)
     return report
 
 
 @contextlib.contextmanager
-def _engines(folder: Path) -> Iterator[dict[str, TorchEngine]]:
+def _engines(folder: Path, variants: Sequence[str]) -> Iterator[dict[str, TorchEngine]]:
+    """The plain one first."""
     with contextlib.ExitStack() as stack:
         made = {}
-        for name in QUANTIZATIONS:
-            made[name] = TorchEngine(folder, threads=1, quantization=name)
+        for name in (_PLAIN, *variants):
+            made[name] = TorchEngine(folder, threads=1, **VARIANTS.get(name, {}))
             stack.callback(made[name].close)
         yield made
 
 
-def _add_times(report: Report, folder: Path, rounds: int) -> None:
-    with _engines(folder) as made:
+def _add_times(report: Report, folder: Path, context: int, options: argparse.Namespace) -> None:
+    decodes = options.sequences if "decode" in options.steps else []
+    with _engines(folder, options.variants) as made:
         parts = {}
         for name, engine in made.items():
-            bench = make_bench(engine, max(_DECODES), _CONTEXT)
-            for count in _DECODES:
-                decode = partial(bench.decode, count, _CONTEXT, GREEDY)
-                parts[f"decode {count} x {_CONTEXT}", name] = decode
-            parts[f"prefill 1 x {_CONTEXT}", name] = partial(bench.prefill, _CONTEXT)
-        seconds = alternate(parts, rounds)
+            bench = make_bench(engine, max(decodes, default=1), context)
+            for count in decodes:
+                what = f"decode {count} x {context}"
+                parts[what, name] = partial(bench.decode, count, context, GREEDY)
+            if "prefill" in options.steps:
+                parts[f"prefill 1 x {context}", name] = partial(bench.prefill, context)
+        seconds = alternate(parts, options.rounds)
     rows = []
     for what in dict.fromkeys(what for what, _ in parts):
-        plain, int8 = (seconds[what, name] for name in QUANTIZATIONS)
-        ratio = spread(new / old for old, new in zip(plain, int8, strict=True))
-        report.figures[what] = {"none": spread(plain), "int8": spread(int8), "ratio": ratio}
-        times = (spread(plain).text(1e3), spread(int8).text(1e3))
-        rows.append((what, *times, ratio.text(digits=2)))
-    report.table("Milliseconds", ("", "none", "int8", "ratio"), rows)
+        plain = seconds[what, _PLAIN]
+        figures = {_PLAIN: spread(plain)}
+        cells = [spread(plain).text(1e3)]
+        for name in options.variants:
+            ratio = spread(new / old for old, new in zip(plain, seconds[what, name], strict=True))
+            figures |= {name: spread(seconds[what, name]), f"{name} ratio": ratio}
+            cells += [f"{spread(seconds[what, name]).median * 1e3:.1f}", ratio.text(digits=2)]
+        report.figures[what] = figures
+        rows.append((what, *cells))
+    columns = [column for name in options.variants for column in (name, "ratio")]
+    report.table("Milliseconds; int8 for", ("", _PLAIN, *columns), rows)
 
 
-def _add_quality(report: Report, most: int | None) -> None:
+def _add_quality(report: Report, variants: Sequence[str], most: int | None) -> None:
     windows = list(_windows())[:most]
-    with _engines(DEMO) as made:
-        benches = [make_bench(made[name], 1, len(windows[0])) for name in QUANTIZATIONS]
+    with _engines(DEMO, variants) as made:
+        benches = {name: make_bench(engine, 1, len(windows[0])) for name, engine in made.items()}
         found = [_compare(benches, window) for window in windows]
     weights = [len(window) - 1 for window in windows]
-    plain, int8, divergence, same = np.average(
-        [figures[:4] for figures in found], axis=0, weights=weights
-    ).tolist()
-    furthest = max(figures[4] for figures in found)
-    report.figures["quality"] = {
-        "tokens": sum(weights),
-        "nats_none": plain,
-        "nats_int8": int8,
-        "kl": divergence,
-        "same_first": same,
-        "furthest_logit": furthest,
+    total = {}
+    for name in benches:
+        each = [figures[name] for figures in found]
+        *means, _ = np.average(each, axis=0, weights=weights).tolist()
+        total[name] = Distance(*means, max(figures.furthest_logit for figures in each))
+        report.figures[f"quality {name}"] = {"tokens": sum(weights), **total[name]._asdict()}
+    plain = total.pop(_PLAIN)
+    lines = {
+        "nats a token": (f"{plain.nats:.4f}", lambda d: f"{d.nats:.4f}"),
+        "perplexity over none's": ("", lambda d: f"{np.exp(d.nats - plain.nats):.5f}"),
+        "mean KL divergence, nats": ("", lambda d: f"{d.divergence:.6f}"),
+        "same most likely token": ("", lambda d: f"{d.same_first:.2%}"),
+        "largest difference of a logit": ("", lambda d: f"{d.furthest_logit:.3f}"),
     }
     rows = [
-        ("nats a token, none", f"{plain:.4f}"),
-        ("nats a token, int8", f"{int8:.4f}"),
-        ("perplexity, int8 over none", f"{np.exp(int8 - plain):.4f}"),
-        ("mean KL divergence, nats", f"{divergence:.5f}"),
-        ("same most likely token", f"{same:.2%}"),
-        ("largest difference of a logit", f"{furthest:.3f}"),
+        (title, first, *(show(distance) for distance in total.values()))
+        for title, (first, show) in lines.items()
     ]
-    report.table(f"The demo model on {sum(weights)} tokens held out", ("", "int8"), rows)
+    title = f"The demo model on {sum(weights)} tokens held out; int8 for"
+    report.table(title, ("", _PLAIN, *total), rows)
 
 
 def _windows() -> Iterator[list[int]]:
@@ -118,15 +148,22 @@ def _windows() -> Iterator[list[int]]:
         yield ids[start : start + length + 1]
 
 
-def _compare(benches: list[Bench], window: list[int]) -> tuple[float, float, float, float, float]:
-    """Mean losses of both, mean divergence, share of equal first tokens, furthest logit."""
-    plain, int8 = (_logits(bench, window[:-1]) for bench in benches)
+def _compare(benches: dict[str, Bench], window: list[int]) -> dict[str, Distance]:
+    """Of each from the first."""
     following = torch.tensor(window[1:])[:, None]
-    sure, guess = plain.log_softmax(-1), int8.log_softmax(-1)
-    losses = [-float(each.gather(1, following).mean()) for each in (sure, guess)]
-    divergence = float((sure.exp() * (sure - guess)).sum(-1).mean())
-    same = float((plain.argmax(-1) == int8.argmax(-1)).float().mean())
-    return losses[0], losses[1], divergence, same, float((plain - int8).abs().max())
+    logits = {name: _logits(bench, window[:-1]) for name, bench in benches.items()}
+    plain = logits[_PLAIN]
+    sure = plain.log_softmax(-1)
+    found = {}
+    for name, its in logits.items():
+        guess = its.log_softmax(-1)
+        found[name] = Distance(
+            nats=-float(guess.gather(1, following).mean()),
+            divergence=float((sure.exp() * (sure - guess)).sum(-1).mean()),
+            same_first=float((plain.argmax(-1) == its.argmax(-1)).float().mean()),
+            furthest_logit=float((plain - its).abs().max()),
+        )
+    return found
 
 
 def _logits(bench: Bench, tokens: list[int]) -> Tensor:

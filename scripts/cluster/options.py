@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gateway", metavar="N", type=_count, help="gateways (default: 1)")
     add("--threads", metavar="N", type=_count, help="compute threads of each worker (default: 1)")
     add("--quantization", choices=("none", "int8"), help="of the weights (default: none)")
+    add("--kv-cache-dtype", choices=("auto", "int8"), help="of the KV (default: auto, the model's)")
     add("--http-port", metavar="PORT", type=_count, help="HTTP port (default: 8000)")
     add("--kv-bytes", metavar="BYTES", help="KV memory of each store, such as 256M or 4G")
     add("--disk-dir", metavar="DIR", type=Path, help="keep evicted KV there (default: nowhere)")
@@ -142,6 +143,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
         "KVBATON_KVSTORES": options.kvstore,
         "KVBATON_THREADS": options.threads,
         "KVBATON_QUANTIZATION": options.quantization,
+        "KVBATON_KV_CACHE_DTYPE": options.kv_cache_dtype,
         "KVBATON_HTTP_PORT": options.http_port,
         "KVBATON_KV_BYTES": options.kv_bytes,
         "KVBATON_DISK_DIR": options.disk_dir and str(options.disk_dir.resolve()),

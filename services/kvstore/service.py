@@ -210,7 +210,7 @@ class KvStore:
             raise ProtocolError(
                 f"the cluster serves model {former.fingerprint[:12]} with KV {former.layout}, "
                 f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
-                "model with the same dtype and quantization",
+                "model with the same dtype, quantization and kv_cache_dtype",
                 field="fingerprint",
             )
         if not member.endpoint or member.max_num_seqs < 1:  # scripts/doctor asks no more than this

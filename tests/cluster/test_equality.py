@@ -108,11 +108,11 @@ async def ask(endpoint: str, asked: list[Request]) -> tuple[list[Output], int]:
 
 
 def outputs_of(
-    folder: Path, model: Path, mode: str, dtype: str, prefix_cache: bool
+    folder: Path, model: Path, mode: str, dtype: str, prefix_cache: bool, **options: str
 ) -> list[Output]:
     worker = {
         "model": model, "dtype": dtype, "batch_invariant": True, "max_num_batched_tokens": 48,
-    } | MODES[mode].get("worker", {})  # fmt: skip
+    } | options | MODES[mode].get("worker", {})  # fmt: skip
     shape = {key: value for key, value in MODES[mode].items() if key != "worker"}
     folder.mkdir()
     with running(
@@ -175,3 +175,16 @@ def test_every_path_gives_the_same_bits(
                 assert [token for token, _, _ in drawn] == reference(loaded, request)
             if "prompt_logprobs" in request.options:
                 check_scores(loaded, request, scored)
+
+
+@pytest.mark.long
+def test_int8_changes_nothing_of_that(tmp_path: Path, model: Path) -> None:
+    """KV is rounded once, when it is written, and moves as it is; weights in 8 bits as well."""
+    options = {"quantization": "int8", "kv_cache_dtype": "int8"}
+    outputs = {
+        mode: outputs_of(tmp_path / mode, model, mode, "bfloat16", True, **options)
+        for mode in MODES
+    }
+    for mode in MODES:
+        assert outputs[mode] == outputs["shm"], mode
+    assert all(len(drawn) == NUM_TOKENS for _, drawn in outputs["shm"])

@@ -24,6 +24,7 @@ case "$*" in
     [ -z "$PIP_WAITS" ] || { echo reached > "$PIP_WAITS"; read -r _ < "$PIP_WAITS"; }
     for word; do touch "$venv/has-$(basename "${word%%=*}")"; done ;;
   *"import sys, torch"*) [ -e "$venv/has-torch" ] ;;
+  *load_library*) [ -z "$NO_COMPILER" ] ;;
   *"import honcho"*) [ ! -e "$venv/damaged" ] ;;
   *"import ensurepip"*) ;;
   *) exit 9 ;;
@@ -85,6 +86,7 @@ def test_it_installs_once_and_says_each_stage(tmp_path: Path, folder: Path, star
         "making .venv with Python 3.11.0",
         "installing torch, the largest part",
         "installing kvbaton[cluster]",
+        "compiling the engine's kernels",
         "done",
     ]
     assert installed(tmp_path) == ["torch==2.13.*", "--editable .[cluster]"]
@@ -116,7 +118,8 @@ def test_changed_requirements_are_installed(tmp_path: Path, folder: Path, start:
     result(start(folder))
     installed(tmp_path)
     (folder / "pyproject.toml").write_text("[project]\n# changed\n")
-    assert result(start(folder)) == (0, ["installing kvbaton[cluster]", "done"])
+    said = ["installing kvbaton[cluster]", "compiling the engine's kernels", "done"]
+    assert result(start(folder)) == (0, said)
 
 
 def test_two_runs_at_once_install_once(tmp_path: Path, folder: Path, start: Setup) -> None:
@@ -194,6 +197,13 @@ def test_without_python_it_says_what_to_do(folder: Path, start: Setup) -> None:
         "Python 3.11 or newer with venv is needed; install it (on Debian: python3 and "
         "python3-venv) or name it with KVBATON_PYTHON"
     ]
+
+
+def test_without_a_compiler_it_sets_up_all_the_same(folder: Path, start: Setup) -> None:
+    status, said = result(start(folder, NO_COMPILER="1"))
+    assert (status, said[-1]) == (0, "done")
+    assert "install g++" in said[-2]
+    assert result(start(folder)) == (0, [])
 
 
 def test_an_unknown_part_is_refused(folder: Path, start: Setup) -> None:

@@ -30,7 +30,7 @@ _PATTERNS = {
     "^(gateway|prefill|decode)$": ["gateway", "prefill", "decode"],
     "^(auto|shm|zmq)$": ["auto", "shm", "zmq"],
     LOG_LEVEL_PATTERN: ["debug", "info", "warning", "error"],
-    "^(bfloat16|float16|float32|uint8)$": ["bfloat16", "float16", "float32", "uint8"],
+    "^(bfloat16|float16|float32|uint8|int8)$": ["bfloat16", "float16", "float32", "uint8", "int8"],
     TRACEPARENT: ["", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
 }
 _INTEGERS = [0, 1, 2, 3, 16, 127, 128, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1, -1, -(2**63)]

@@ -32,6 +32,7 @@ class Stranger:
     """A peer with a socket, and something to say to everyone."""
 
     def __init__(self, cluster: SimCluster, endpoint: str) -> None:
+        self.refusal = ""  # what the last refusal said
         self._answers: list[Message] = []
         self._num_calls = 0
         self._num_hellos = 0
@@ -78,5 +79,6 @@ class Stranger:
             if not isinstance(answer, Failed):
                 return type(answer).__name__
             assert answer.message
+            self.refusal = answer.message
             return answer.code
         return ""

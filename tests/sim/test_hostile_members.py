@@ -98,6 +98,17 @@ def test_a_hello_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None
     while_serving(check)
 
 
+def test_a_worker_that_keeps_kv_in_another_type_is_told_so() -> None:
+    async def check(cluster: SimCluster, _handoff: Handoff) -> None:
+        layout = msgspec.structs.replace(MOCK_LAYOUT, dtype="int8")
+        stranger = Stranger(cluster, STORES[0])
+        assert await stranger.hello("decode", layout=layout) == "protocol_error"
+        for words in ("dtype='uint8'", "dtype='int8'", "the same dtype, quantization and kv_cache"):
+            assert words in stranger.refusal
+
+    while_serving(check)
+
+
 def test_a_layout_that_makes_no_sense_is_refused_also_where_no_worker_is() -> None:
     async def main() -> None:
         async with SimCluster(World(1), Shape()) as cluster:

@@ -109,8 +109,13 @@ def make_engine(folder: Path, **options: Any) -> TorchEngine:
     engine = TorchEngine(folder, **options)
     arena = memoryview(bytearray(NUM_BLOCKS * engine.info.layout.block_bytes))
     engine.attach(arena)
-    kv(engine).fill_(float("nan"))
+    fill_with_nan(kv(engine))
     return engine
+
+
+def fill_with_nan(blocks: Tensor) -> None:
+    """In int8 it is the scales that are."""
+    blocks.fill_(-1 if blocks.dtype is torch.int8 else float("nan"))
 
 
 def kv(engine: TorchEngine) -> Tensor:

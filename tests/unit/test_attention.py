@@ -24,6 +24,7 @@ from common.engine.config import ModelError
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.native import library
 from common.kv.layout import KvLayout
+from tests.unit.engine_models import fill_with_nan
 
 
 def make_cache(shape: AttentionShape, dtype: str, num_blocks: int) -> KvCache:
@@ -54,12 +55,15 @@ def make_batch(
 
 def fill(cache: KvCache, batch: Batch, generator: np.random.Generator) -> None:
     """Random KV where sequences have positions, NaN everywhere else."""
-    cache.blocks.fill_(float("nan"))
-    size = cache.layout.block_size
+    fill_with_nan(cache.blocks)
+    layout = cache.layout
     for table, length in zip(batch.tables, batch.lengths(), strict=True):
-        for position in range(length):
-            block = cache.blocks[int(table[position // size]), :, :, :, position % size]
-            block.copy_(torch.from_numpy(generator.normal(size=tuple(block.shape))))
+        positions = torch.arange(length)
+        slots = torch.from_numpy(table)[positions // layout.block_size].long()
+        for layer in range(layout.num_layers):
+            numbers = generator.normal(size=(length, 2, layout.num_kv_heads, layout.head_dim))
+            rows = torch.from_numpy(numbers).to(TORCH_DTYPES.get(layout.dtype, torch.float32))
+            cache.write(layer, rows, slots, positions % layout.block_size)
 
 
 def dense(
@@ -70,7 +74,7 @@ def dense(
     window = shape.windows[layer] or 1 << 30
     results = []
     for index, (table, length) in enumerate(zip(batch.tables, batch.lengths(), strict=True)):
-        pages = cache.blocks[table[: -(-length // size)].tolist(), layer].double()
+        pages = cache.read(layer, torch.from_numpy(table[: -(-length // size)]).long()).double()
         keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         for row in range(batch.row_starts[index], batch.row_starts[index + 1]):
             position = int(batch.starts[index]) + row - int(batch.row_starts[index])
@@ -87,10 +91,12 @@ def check(
     sequences: list[tuple[int, int]],
     dtype: str = "float32",
     fixed_order: bool = False,
+    *,
+    int8_kv: bool = False,
 ) -> None:
     generator = np.random.default_rng(0)
     batch, num_blocks = make_batch(generator, shape, sequences)
-    cache = make_cache(shape, dtype, num_blocks)
+    cache = make_cache(shape, "int8" if int8_kv else dtype, num_blocks)
     fill(cache, batch, generator)
     rows = int(batch.row_starts[-1])
     # Queries are a part of wider rows, as the model's are, and one row of padding follows.
@@ -123,13 +129,14 @@ def test_backends_agree_with_the_definition(name: str, dtype: str, data: st.Data
     starts = st.sampled_from([0, 1, 15, 62, 63, 64, 65, 130])
     rows = st.sampled_from([1, 1, 2, 15, 16, 17, 40])
     sequences = data.draw(st.lists(st.tuples(starts, rows), min_size=1, max_size=4))
-    check(name, shape, sequences, dtype, data.draw(st.booleans()))
+    check(name, shape, sequences, dtype, data.draw(st.booleans()), int8_kv=data.draw(st.booleans()))
 
 
 @pytest.mark.parametrize("name", ["native", "torch"])
-def test_long_contexts_cross_many_spans(name: str) -> None:
+@pytest.mark.parametrize("int8_kv", [False, True])
+def test_long_contexts_cross_many_spans(name: str, int8_kv: bool) -> None:
     shape = AttentionShape(3, 1, 64, 16, [None, 300])
-    check(name, shape, [(1000, 1), (700, 3), (0, 290)])
+    check(name, shape, [(1000, 1), (700, 3), (0, 290)], int8_kv=int8_kv)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -189,7 +196,8 @@ def test_kernels_of_lesser_processors_agree(
     monkeypatch.setattr(library, "load_library", lambda threaded: compiled)
     for head_dim in (12, 64, 80):
         shape = AttentionShape(9, 3, head_dim, 16, [None, 70])
-        check("native", shape, [(0, 1), (130, 40), (65, 3)], dtype)
+        for int8_kv in (False, True):
+            check("native", shape, [(0, 1), (130, 40), (65, 3)], dtype, int8_kv=int8_kv)
     x = torch.randn(3, 200).to(TORCH_DTYPES[dtype])
     native, torchs = (make_layers(name, 1e-5, fixed_order=True) for name in ("native", "torch"))
     for operation in ("swiglu", "rms_norm"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from common.worker.mover import MESSAGE_BYTES
 from scripts.benchmarks.hosts import Done, residue_s
 from scripts.benchmarks.limits import by_shape, limit_parts, limits_of, weight_bytes
 from scripts.benchmarks.measure import alternate, collect
+from scripts.benchmarks.startup import Start, add_memory, read_marks
 from scripts.benchmarks.store_handoffs import PureStore, Shape, handoff
 from scripts.benchmarks.store_lookups import CachedPrompt
 
@@ -98,3 +102,30 @@ def test_the_residue_is_what_the_links_have_not_carried_when_prefill_ends() -> N
     found = residue_s(chunks, 5 * MESSAGE_BYTES, MESSAGE_BYTES)
     assert found == pytest.approx(1.0 + 6.0 + 0.2 - 3.0)
     assert residue_s([], 1.0, 1) == 0.0
+
+
+def test_a_start_is_cut_into_the_phases_that_workers_log() -> None:
+    events = ("torch imported", "weights packed num_layers=2", "model loaded", "self test passed")
+    lines = [f"12:00:00 decode.1   {event}\n" for event in (*events, "worker ready x=1")]
+    lines += ["waiting: x\n", "12:00:00 kvstore.1  store ready\n", "ready after 7 s\n"]
+    start = Start(began_s={"decode": 0.5})
+    clock = itertools.count(1)
+    read_marks(lines, start, lambda: next(clock))
+    assert start.ready_s == 6
+    assert list(start.marks) == ["decode"]
+    phases = start.phases("decode")
+    assert list(phases) == ["launch", "imports", "read and pack", "tokenizer", "self test", "join"]
+    assert list(phases.values()) == [0.5, 0.5, 1, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="no key"):
+        read_marks(["decode.1: no key\n"], Start(), lambda: 0)
+
+
+def test_memory_of_a_role_is_that_of_its_processes() -> None:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    one, two = Start(), Start()
+    add_memory(one, "keeper", text)
+    for _ in range(2):
+        add_memory(two, "keeper", text)
+    assert 0 < one.memory["keeper"]["private"] <= one.memory["keeper"]["proportional"]
+    assert one.memory["keeper"]["proportional"] <= one.memory["keeper"]["resident"]
+    assert two.memory["keeper"] == {kind: 2 * size for kind, size in one.memory["keeper"].items()}

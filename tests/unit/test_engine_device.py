@@ -107,6 +107,7 @@ def test_an_engine_goes_on_after_a_step_that_failed(tmp_path: Path) -> None:
     [
         ({"device": "cuda"}, "device 'cuda': torch finds no GPU"),
         ({"device": "cpu", "batch_invariant": True}, "batch_invariant is not supported on CUDA"),
+        ({"device": "cpu", "kv_cache_dtype": "int8"}, "kv_cache_dtype on CUDA can only be auto"),
         ({"device": "cpu", "attention": "native"}, "attention 'native' is not for CUDA"),
     ],
 )

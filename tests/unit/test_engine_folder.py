@@ -267,6 +267,7 @@ def test_settings_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"quantization": "int4"}, "quantization 'int4' is not supported; use none or int8"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' is not supported; use auto or int8"),
     ):
         with pytest.raises(ModelError, match=message):
             TorchEngine(tmp_path, **options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.engine.attention import make_layers
 from common.engine.config import RopeConfig
-from common.engine.kv_cache import TORCH_DTYPES, KvCache
+from common.engine.kv_cache import TORCH_DTYPES, KvCache, dequantised_rows, quantised_rows
 from common.engine.layers import Layers, Placement
 from common.engine.native.layers import NativeLayers
 from common.engine.rotary import rotary_tables
@@ -63,11 +63,26 @@ def test_swiglu_of_very_large_gates_is_finite() -> None:
     assert layers("native").swiglu(torch.tensor([[float("nan"), 1.0]])).isnan().all()
 
 
-def placed(name: str, dtype: str, head_dim: int, normed: bool) -> tuple[Tensor, Tensor]:
-    """qkv after place(), and the KV blocks, for 5 rows of which the last 2 are padding."""
-    layout = KvLayout(num_layers=2, num_kv_heads=2, head_dim=head_dim, block_size=4, dtype=dtype)
+def placed(
+    name: str,
+    dtype: str,
+    head_dim: int,
+    normed: bool,
+    *,
+    kv_dtype: str | None = None,
+    values: dict[int, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """qkv after place(), and the KV blocks, for 5 rows of which the last 2 are padding.
+
+    `values` are all the numbers of some rows' values.
+    """
+    layout = KvLayout(
+        num_layers=2, num_kv_heads=2, head_dim=head_dim, block_size=4, dtype=kv_dtype or dtype
+    )
     cache = KvCache(layout, memoryview(bytearray(4 * layout.block_bytes)))
     qkv = random_rows(dtype, 5, 6 + 2 * 2, head_dim)
+    for row, value in (values or {}).items():
+        qkv[row, 8:] = value
     norm = random_rows(dtype, 8, head_dim) if normed else None
     cos, sin = rotary_tables(ROPE, head_dim, 400, TORCH_DTYPES[dtype])
     positions = torch.tensor([0, 7, 390, 0, 0])
@@ -89,6 +104,22 @@ def test_both_kinds_place_alike(dtype: str, head_dim: int, normed: bool) -> None
     keys_values = native[0][:3, 6:].view(3, 2, 2, head_dim)
     stored = native[1][[3, 0, 3], 1, :, :, [1, 3, 2]]
     assert torch.equal(stored, keys_values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 12, 64])
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_both_kinds_round_to_int8_alike(name: str, head_dim: int, dtype: str) -> None:
+    """A row of zeros and one with NaN among them."""
+    broken = {1: 0.0, 2: float("nan")}
+    qkv, blocks = placed(name, dtype, head_dim, normed=False, kv_dtype="int8", values=broken)
+    stored = blocks[[3, 0, 3], 1, :, :, [1, 3, 2]]
+    expected = quantised_rows(qkv[:3, 6:].view(3, 2, 2, head_dim))
+    assert torch.equal(stored[..., :head_dim], expected[..., :head_dim])
+    scales = [rows[..., head_dim:].contiguous().view(torch.float32) for rows in (stored, expected)]
+    torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
+    assert dequantised_rows(stored[2, 1]).isnan().all()
+    assert (dequantised_rows(stored[1, 1]) == 0).all()
 
 
 def test_the_rotation_turns_by_the_position() -> None:

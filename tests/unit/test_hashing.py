@@ -90,7 +90,8 @@ def test_a_token_that_is_no_token_id_is_not_hashed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "num_bytes"), [("uint8", 384), ("bfloat16", 768), ("float32", 1536)]
+    ("dtype", "num_bytes"),
+    [("uint8", 384), ("bfloat16", 768), ("float32", 1536), ("int8", 3 * 2 * 2 * 4 * (8 + 4))],
 )
 def test_a_block_holds_keys_and_values_of_all_layers(dtype: str, num_bytes: int) -> None:
     layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=dtype)

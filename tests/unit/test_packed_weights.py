@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from common.engine.loading import load_engine
 from common.engine.model import Matrix
 from common.engine.native.library import load_library
 from common.engine.native.packed import Packed, pack
+from scripts.make_model import make_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -47,3 +51,32 @@ def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -
     whole = product(x)
     for first, last in ((0, 1), (3, 8), (11, 13), (17, 150), (199, 200)):
         assert torch.equal(product(x[first:last].contiguous()), whole[first:last])
+
+
+def test_a_matrix_may_begin_at_any_number_of_its_file() -> None:
+    numbers = torch.randn(1 + 64 * 32).bfloat16()
+    parts = [numbers[begin:][: 64 * 32].view(64, 32) for begin in (0, 1)]
+    x = torch.randn(3, 32).bfloat16()
+    for part in parts:
+        expected = packed(Matrix([part.clone()], torch.bfloat16))(x)
+        assert torch.equal(packed(Matrix([part], torch.bfloat16))(x), expected)
+
+
+def test_what_was_packed_is_let_go(tmp_path: Path) -> None:
+    """Only the embedding is used where it lies: of two mappings of the file one is left."""
+    engine = load_engine(make_model(tmp_path, dtype="bfloat16"), device="cpu")
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(str(tmp_path) in line for line in mapped) == 1
+    engine.close()
+
+
+def test_packed_weights_may_have_huge_pages() -> None:
+    """Linux gives them to private memory; to shared memory, by default, never."""
+    product = packed(Matrix([torch.randn(64, 64)], torch.float32))
+    address = product.product.weights
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        (begin, end), permissions = line.split()[0].split("-"), line.split()[1]
+        if int(begin, 16) <= address < int(end, 16):
+            assert permissions == "rw-p"
+            return
+    pytest.fail("its memory is not mapped")

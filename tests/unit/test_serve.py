@@ -38,7 +38,7 @@ def test_flags_become_settings_of_the_services() -> None:
     plan = plan_of(
         *("--model", "../m", "--kvstore", "2", "--threads", "3", "--http-port", "8001"),
         *("--kv-bytes", "1G", "--batch-invariant", "--verbose"),
-        *("--quantization", "int8"),
+        *("--quantization", "int8", "--kv-cache-dtype", "int8"),
     )
     assert plan.environ == {
         "KVBATON_MODEL": str(Path("../m").resolve()),
@@ -48,6 +48,7 @@ def test_flags_become_settings_of_the_services() -> None:
         "KVBATON_KV_BYTES": "1G",
         "KVBATON_BATCH_INVARIANT": "true",
         "KVBATON_QUANTIZATION": "int8",
+        "KVBATON_KV_CACHE_DTYPE": "int8",
         "KVBATON_LOG_LEVEL": "info",
     }
     assert sorted(plan.ports) == [5595, 5610, 5611, 5612, 5613, 8001]

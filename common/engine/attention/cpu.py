@@ -99,7 +99,7 @@ class CpuAttention:
         length = min(self.span, end - start)
         num_blocks = self.span // size if self.fixed_order else -(-length // size)
         slots = table[start // size : start // size + num_blocks]
-        pages = cache.blocks[:, layer].index_select(0, slots).float()
+        pages = cache.read(layer, slots)
         pages = pages.permute(1, 2, 0, 3, 4).reshape(
             2, self.shape.num_kv_heads, num_blocks * size, self.shape.head_dim
         )

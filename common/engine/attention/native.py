@@ -60,5 +60,6 @@ class NativeAttention:
             ctypes.c_void_p(keys.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
             int(queries.dtype is torch.bfloat16),
+            int(cache.is_int8),
             torch.get_num_threads(),
         )

@@ -22,13 +22,11 @@ from common.engine.cuda.graphs import CudaCapture, DecodeGraphs
 from common.engine.cuda.layers import make_device_layers
 from common.engine.cuda.memory import ArenaFollower
 from common.engine.cuda.residency import IntArray, PoolFullError, Step
-from common.engine.kv_cache import TORCH_DTYPES
 from common.engine.model import Model, StepInput
 from common.engine.runner import TorchEngine
 from common.engine.sampler import check_finite, is_plain
 from common.engine.weights import Checkpoint
 from common.engine.work import Sampled, Work
-from common.kv.layout import KvLayout
 
 log = structlog.get_logger()
 
@@ -49,6 +47,8 @@ class DeviceEngine(TorchEngine):
         self._step: Step | None = None
         if options.get("batch_invariant"):
             raise ModelError("batch_invariant is not supported on CUDA; use device cpu")
+        if options.get("kv_cache_dtype", "auto") != "auto":
+            raise ModelError("kv_cache_dtype on CUDA can only be auto yet; use device cpu")
         super().__init__(model_dir, **options)
 
     def attach(self, arena: memoryview) -> None:
@@ -96,28 +96,31 @@ class DeviceEngine(TorchEngine):
         attention: str,
         config: ModelConfig,
         checkpoint: Checkpoint,
-        layout: KvLayout,
+        dtype: torch.dtype,
+        block_size: int,
         *,
         max_model_len: int,
         batch_invariant: bool,
         quantization: str,
     ) -> Model:
-        shape = AttentionShape.of(config, layout.block_size)
+        shape = AttentionShape.of(config, block_size)
         return Model(
             config,
             checkpoint,
-            TORCH_DTYPES[layout.dtype],
+            dtype,
             make_device_layers(config.rms_norm_eps, self._device),
-            self._make_attention(attention, shape, layout.dtype),
+            self._make_attention(attention, shape, dtype),
             max_model_len=max_model_len,
             batch_invariant=batch_invariant,
             quantization=quantization,
         )
 
-    def _make_attention(self, name: str, shape: AttentionShape, dtype: str) -> AttentionBackend:
+    def _make_attention(
+        self, name: str, shape: AttentionShape, dtype: torch.dtype
+    ) -> AttentionBackend:
         if name != "torch" and self._device.type == "cuda":
             try:
-                if dtype == "float32":
+                if dtype is torch.float32:
                     raise ModelError("attention by xformers has no kernels for float32")
                 return XformersAttention(shape)
             except ModelError as error:

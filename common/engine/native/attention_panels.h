@@ -6,10 +6,10 @@
 
 #include "own.h"
 #include "product.h"
-#include "spans.h"
+#include "softmax.h"
 
 constexpr int PANEL_ROWS = 192;  // of a tile, so that packing is a small part
-constexpr int PANEL_SPAN = 4 * SPAN;
+constexpr int PANEL_SPAN = 2 * SPAN;
 template <typename T>
 using PanelRows = Rows<T, PANEL_SPAN>;
 
@@ -47,10 +47,33 @@ void pack_values(const PanelRows<T>& at, int dim, T* panels) {
         pack_position(at.values + s, at.count - s, dim, panels + s * PANEL, panel_size);
 }
 
+// Rows of T, expanded where the cache holds others.
+template <typename T>
+class Expanded {
+  public:
+    const PanelRows<T>& of(const PanelRows<T>& at, int) { return at; }
+    const PanelRows<T>& of(const PanelRows<int8_t>& at, int dim) {
+        T* row = room.of(int64_t(2) * PANEL_SPAN * dim);
+        rows.count = at.count;
+        for (int s = 0; s < PANEL_SPAN; s++, row += 2 * dim) {
+            rows.keys[s] = row, rows.values[s] = row + dim;
+            if (s >= at.count) continue;
+            load_row(at.keys[s], dim, row);
+            load_row(at.values[s], dim, row + dim);
+        }
+        return rows;
+    }
+
+  private:
+    PanelRows<T> rows;
+    Buffer<T> room;
+};
+
 template <typename T>
 class PanelTile {
   public:
-    void attend(const Problem& p, const T* queries, const T* keys, T* out, int sequence, int first_query,
+    template <typename K>
+    void attend(const Problem& p, const T* queries, const K* keys, T* out, int sequence, int first_query,
                 int num_queries, int kv_head) {
         start(p, num_queries);
         const int64_t row = p.row_starts[sequence] + first_query;
@@ -66,12 +89,13 @@ class PanelTile {
         const int64_t position = p.starts[sequence] + first_query, end = position + num_queries;
         const int64_t lowest = p.window && position >= p.window ? position - p.window + 1 : 0;
         const int32_t* table = p.tables + sequence * p.table_stride;
-        const T* head = keys + int64_t(kv_head) * p.block_size * dim;
-        PanelRows<T> at;
+        const K* head = keys + int64_t(kv_head) * p.block_size * row_stride<K>(dim);
+        PanelRows<K> at;
         for (int64_t begin = lowest / PANEL_SPAN * PANEL_SPAN; begin < end; begin += PANEL_SPAN) {
             find_rows(p, table, head, begin, end, &at);
-            pack_keys(at, dim, key_panels.data());
-            pack_values(at, dim, value_panels.data());
+            const PanelRows<T>& wide = expanded.of(at, dim);
+            pack_keys(wide, dim, key_panels);
+            pack_values(wide, dim, value_panels);
             for (int first = 0; first < rows; first += TILE_ROWS)
                 span(first, std::min(TILE_ROWS, rows - first), begin, position, p.window);
         }
@@ -79,7 +103,7 @@ class PanelTile {
             T* target = out + of_row(r, p.out_stride);
             const float* line = &sums[r * sum_width];
             for (int d = 0; d < dim; d += LANES)
-                store_some(target + d, load(line + d) / total[r], dim - d);
+                store_some(target + d, load(line + d) / running[r].total, dim - d);
         }
     }
 
@@ -87,24 +111,27 @@ class PanelTile {
     int rows, groups, dim;
     int64_t query_width, weight_width, sum_width;
     float scale;  // of scores, with the factor that turns exp2 into exp
-    std::vector<Operand<T>> operands, weights;
-    std::vector<T> key_panels, value_panels;
-    std::vector<float> scores, sums, top, total, shrink;
+    Buffer<Operand<T>> operand_rows, weight_rows;
+    Buffer<T> packed_keys, packed_values;
+    Buffer<float> score_rows, sum_lines;
+    Operand<T> *operands, *weights;
+    T *key_panels, *value_panels;
+    float *scores, *sums;
+    std::vector<Running> running;
+    Expanded<T> expanded;
 
     void start(const Problem& p, int num_queries) {
         groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;
         scale = p.scale * LOG2_E;
         query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(PANEL_SPAN);
         sum_width = (dim + PANEL - 1) / PANEL * PANEL;
-        operands.resize(rows * query_width);
-        weights.resize(TILE_ROWS * weight_width);
-        key_panels.resize(size_t(PANEL_SPAN) * dim);
-        value_panels.assign(size_t(PANEL_SPAN) * sum_width, T{});
-        scores.resize(TILE_ROWS * PANEL_SPAN);
-        sums.assign(size_t(rows) * sum_width, 0.0f);
-        top.assign(rows, UNSEEN);
-        total.assign(rows, 0.0f);
-        shrink.resize(rows);
+        operands = operand_rows.of(rows * query_width);
+        weights = weight_rows.of(TILE_ROWS * weight_width);
+        key_panels = packed_keys.of(PANEL_SPAN * dim);
+        value_panels = packed_values.zeros(PANEL_SPAN * sum_width);
+        scores = score_rows.of(TILE_ROWS * PANEL_SPAN);
+        sums = sum_lines.zeros(rows * sum_width);
+        running.assign(rows, Running{});
     }
 
     // `count` rows from `first` on and the span from `begin` on, of which later positions are unseen.
@@ -117,55 +144,23 @@ class PanelTile {
             sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
                         nearby(), 0, &scores[s], PANEL_SPAN);
         for (int r = first; r < first + count; r++) {
-            const int64_t end_seen = position + r / groups + 1;
-            soften(r, r - first, seen, begin, window ? end_seen - window : 0, end_seen);
+            const int64_t row_seen = position + r / groups + 1 - begin;
+            const int low = int(std::max<int64_t>(window ? row_seen - window : 0, 0));
+            soften(&scores[(r - first) * PANEL_SPAN], &weights[(r - first) * weight_width], low,
+                   int(std::clamp<int64_t>(row_seen, 0, PANEL_SPAN)), seen, scale, running[r]);
         }
         const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
         alignas(64) float part[TILE_ROWS * PANEL];
         for (int d = 0; d < sum_width; d += PANEL) {
-            sum_rows<T>(count, weights.data(), weight_width, &value_panels[d * PANEL_SPAN],
+            sum_rows<T>(count, weights, weight_width, &value_panels[d * PANEL_SPAN],
                         value_steps, nearby(), 0, part);
             for (int r = 0; r < count; r++)
                 for (int i = 0; i < PANEL; i += WIDE) {
                     float* sum = &sums[(first + r) * sum_width + d + i];
-                    store_wide(sum, load_wide(sum) * shrink[first + r] + load_wide(part + r * PANEL + i));
+                    store_wide(sum, load_wide(sum) * running[first + r].shrink + load_wide(part + r * PANEL + i));
                 }
         }
     }
 
-    const char* nearby() const { return reinterpret_cast<const char*>(key_panels.data()); }
-
-    // Line `at` of scores becomes weights of `row`, 0 up to `seen` where it sees nothing; the running
-    // maximum and total move on.
-    void soften(int row, int at_line, int seen, int64_t begin, int64_t first_seen, int64_t end_seen) {
-        float* line = &scores[at_line * PANEL_SPAN];
-        const int low = int(std::max<int64_t>(first_seen - begin, 0));
-        const int high = int(std::min<int64_t>(end_seen - begin, PANEL_SPAN));
-        WideInt lanes;
-        for (int i = 0; i < WIDE; i++) lanes[i] = i;
-        WideVec tops = WideVec{} + top[row], sum = {};
-        for (int s = 0; s < high; s += WIDE) {
-            WideVec scaled = load_wide(line + s) * scale;
-            if (s < low || s + WIDE > high) {
-                const WideInt at = lanes + s;
-                scaled = (at >= low) & (at < high) ? scaled : WideVec{} + UNSEEN;
-            }
-            store_wide(line + s, scaled);
-            tops = scaled > tops ? scaled : tops;
-        }
-        const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
-        for (int s = 0; s < high; s += WIDE) {
-            const WideVec scaled = load_wide(line + s);
-            const WideVec power = exp2_negative_of<WideVec, WideInt>(scaled - above);
-            const WideVec weight = scaled == UNSEEN ? WideVec{} : power;
-            store_wide(line + s, weight);
-            sum += weight;
-        }
-        Operand<T>* kept = &weights[at_line * weight_width];
-        for (int s = 0; s < seen; s += LANES)
-            store_weights(kept + s, s < high ? load(line + s) : Vec{});
-        shrink[row] = above == top[row] ? 1.0f : exp2_negative(splat(top[row] - above))[0];
-        top[row] = above;
-        total[row] = total[row] * shrink[row] + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
-    }
+    const char* nearby() const { return reinterpret_cast<const char*>(key_panels); }
 };

@@ -4,8 +4,7 @@
 
 #include <cmath>
 
-#include "vectors.h"
-
+#include "kv_rows.h"
 
 // One row after another, divided among the threads of a team, which have all when it returns.
 template <typename F>
@@ -58,16 +57,16 @@ void rotate(T* x, const T* cos, const T* sin, int64_t half) {
 
 struct Placement {
     const int64_t *slots, *offsets;  // where the keys and values of each row go
-    int64_t block_stride;            // elements from block to block
-    int64_t value_offset;            // elements from the layer's keys to its values
+    int64_t block_stride;            // elements of the cache from block to block
+    int64_t value_offset;            // and from the layer's keys to its values
     int32_t num_heads, num_kv_heads, head_dim, block_size;
     float eps;
 };
 
 // Queries and keys of a row normalised (where there is a `norm`) and rotated by its cos and sin, keys
 // and values stored.
-template <typename T>
-void place_row(const Placement& p, T* qkv, const T* norm, const T* cos, const T* sin, T* keys,
+template <typename T, typename K>
+void place_row(const Placement& p, T* qkv, const T* norm, const T* cos, const T* sin, K* keys,
                int64_t row) {
     const int64_t dim = p.head_dim, num_turned = p.num_heads + p.num_kv_heads;
     T* heads = qkv + row * (num_turned + p.num_kv_heads) * dim;
@@ -76,10 +75,11 @@ void place_row(const Placement& p, T* qkv, const T* norm, const T* cos, const T*
         if (norm) rms_norm(x, norm + head * dim, x, dim, p.eps);
         rotate(x, cos, sin, dim / 2);
     }
-    T* target = keys + p.slots[row] * p.block_stride + p.offsets[row] * dim;
+    const int64_t stride = row_stride<K>(dim);
+    K* target = keys + p.slots[row] * p.block_stride + p.offsets[row] * stride;
     for (int64_t head = 0; head < p.num_kv_heads; head++) {
-        T* key = target + head * p.block_size * dim;
-        std::memcpy(key, heads + (p.num_heads + head) * dim, dim * sizeof(T));
-        std::memcpy(key + p.value_offset, heads + (num_turned + head) * dim, dim * sizeof(T));
+        K* key = target + head * p.block_size * stride;
+        store_row(heads + (p.num_heads + head) * dim, key, dim);
+        store_row(heads + (num_turned + head) * dim, key + p.value_offset, dim);
     }
 }

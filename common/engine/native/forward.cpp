@@ -27,7 +27,7 @@ struct Step {
     const int64_t* positions;
     Placement placement;
     Problem attention;
-    int64_t layer_stride;  // elements from a layer's keys to the next one's
+    int64_t layer_stride;  // elements of the cache from a layer's keys to the next one's
 };
 
 template <typename T>
@@ -94,7 +94,8 @@ struct Run {
         gate_up = buffers.gate_up.of(s.rows * 2 * m.inner);
     }
 
-    void attend_layer(const Layer& layer, T* keys) {
+    template <typename K>
+    void attend_layer(const Layer& layer, K* keys) {
         const auto norm = static_cast<const T*>(layer.input_norm);
         multiply_into<T>(layer.qkv, normed(layer.qkv, norm), step.rows, qkv);
         const auto cos = static_cast<const T*>(model.cos), sin = static_cast<const T*>(model.sin);
@@ -129,8 +130,8 @@ struct Run {
     }
 };
 
-template <typename T>
-void forward(const Model& model, const Step& step, T* keys, T* x, int threads) {
+template <typename T, typename K>
+void forward(const Model& model, const Step& step, K* keys, T* x, int threads) {
     Run<T> run(model, step, x, own<Buffers<T>>());
 #ifndef _OPENMP
     (void)threads;
@@ -181,27 +182,23 @@ extern "C" int64_t kvbaton_depth(int32_t bytes_each) { return DEPTH<int8_t> / by
 
 // Adds all layers to the residual stream x [rows, hidden] and writes the rows' keys and values.
 extern "C" void kvbaton_forward(const Model* model, const Step* step, void* keys, void* x,
-                                int32_t bfloat16, int32_t threads) {
-    if (bfloat16)
-        forward(*model, *step, static_cast<BFloat16*>(keys), static_cast<BFloat16*>(x), threads);
-    else
-        forward(*model, *step, static_cast<float*>(keys), static_cast<float*>(x), threads);
+                                int32_t bfloat16, int32_t int8_kv, int32_t threads) {
+    with_type(bfloat16, [&](auto* x) {
+        if (int8_kv)
+            forward(*model, *step, static_cast<int8_t*>(keys), x, threads);
+        else
+            forward(*model, *step, static_cast<decltype(x)>(keys), x, threads);
+    }, x);
 }
 
 // Logits [count, p.head.out] of these rows of x.
-extern "C" void kvbaton_logits(const Model* model, const void* x, const int64_t* rows, int64_t count,
+extern "C" void kvbaton_logits(const Model* model, void* x, const int64_t* rows, int64_t count,
                                float* out, int32_t bfloat16, int32_t threads) {
-    if (bfloat16)
-        logits(*model, static_cast<const BFloat16*>(x), rows, count, out, threads);
-    else
-        logits(*model, static_cast<const float*>(x), rows, count, out, threads);
+    with_type(bfloat16, [&](auto* x) { logits(*model, x, rows, count, out, threads); }, x);
 }
 
 // y [rows, p.out] = x [rows, p.in] W^T + b, by itself.
-extern "C" void kvbaton_product(const Product* p, const void* x, void* y, int64_t rows,
-                                int32_t bfloat16, int32_t threads) {
-    if (bfloat16)
-        product(*p, static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y), rows, threads);
-    else
-        product(*p, static_cast<const float*>(x), static_cast<float*>(y), rows, threads);
+extern "C" void kvbaton_product(const Product* p, void* x, void* y, int64_t rows, int32_t bfloat16,
+                                int32_t threads) {
+    with_type(bfloat16, [&](auto* x, auto* y) { product(*p, x, y, rows, threads); }, x, y);
 }

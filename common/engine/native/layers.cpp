@@ -14,15 +14,6 @@ void with_threads(int64_t rows, int64_t width, int threads, F&& part) {
     each_row(rows, part);
 }
 
-// Calls part with the arguments as pointers to the numbers they point to.
-template <typename F, typename... Pointers>
-void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
-    if (bfloat16)
-        part(static_cast<BFloat16*>(pointers)...);
-    else
-        part(static_cast<float*>(pointers)...);
-}
-
 }  // namespace
 
 extern "C" void kvbaton_rms_norm(void* x, void* weight, void* out, int64_t rows, int64_t width,
@@ -44,13 +35,19 @@ extern "C" void kvbaton_swiglu(void* gate_up, void* out, int64_t rows, int64_t i
 }
 
 extern "C" void kvbaton_place(const Placement* placement, void* qkv, void* norm, void* cos, void* sin,
-                              void* keys, int64_t rows, int32_t bfloat16, int32_t threads) {
+                              void* keys, int64_t rows, int32_t bfloat16, int32_t int8_kv,
+                              int32_t threads) {
     const Placement& p = *placement;
     const int64_t width = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
-    with_type(bfloat16, [&](auto* qkv, auto* norm, auto* cos, auto* sin, auto* keys) {
-        with_threads(rows, width, threads,
-                 [&](int64_t row) {
-                         place_row(p, qkv, norm, cos + row * p.head_dim, sin + row * p.head_dim, keys, row);
-                     });
-    }, qkv, norm, cos, sin, keys);
+    with_type(bfloat16, [&](auto* qkv, auto* norm, auto* cos, auto* sin) {
+        const auto place = [&](auto* kept) {
+            with_threads(rows, width, threads, [&](int64_t row) {
+                place_row(p, qkv, norm, cos + row * p.head_dim, sin + row * p.head_dim, kept, row);
+            });
+        };
+        if (int8_kv)
+            place(static_cast<int8_t*>(keys));
+        else
+            place(static_cast<decltype(qkv)>(keys));
+    }, qkv, norm, cos, sin);
 }

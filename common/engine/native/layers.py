@@ -27,7 +27,7 @@ class NativeLayers:
         self._swiglu = library.kvbaton_swiglu
         self._swiglu.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT)
         self._place = library.kvbaton_place
-        self._place.argtypes = (*[_POINTER] * 6, _LONG, _INT, _INT)
+        self._place.argtypes = (*[_POINTER] * 6, _LONG, _INT, _INT, _INT)
         for function in (self._rms_norm, self._swiglu, self._place):
             function.restype = None
 
@@ -73,10 +73,12 @@ class NativeLayers:
             placement.sin.data_ptr(),
             keys.data_ptr(),
             placement.num_tokens,
-            *_how(qkv),
+            int(qkv.dtype is torch.bfloat16),
+            int(cache.is_int8),
+            torch.get_num_threads(),
         )
 
 
 def _how(x: Tensor) -> tuple[int, int]:
-    """The last arguments of each call: whether it is bfloat16, and how many threads."""
+    """The last arguments of most calls: whether it is bfloat16, and how many threads."""
     return int(x.dtype is torch.bfloat16), torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -10,6 +11,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -20,7 +24,7 @@ _FOLDER = Path(__file__).parent
 _SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
 _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 # tune: the compiler's notes on one processor cost a third of the speed on another like it
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-mtune=generic", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-mtune=generic", "-fPIC")
 _COMPILE_SECONDS = 120
 
 
@@ -45,7 +49,7 @@ def load_library(threaded: bool) -> ctypes.CDLL | None:
 def compile_library(
     compiler: str, *, threaded: bool = False, flags: tuple[str, ...] = ()
 ) -> ctypes.CDLL:
-    """Compile unless it was; several processes may do so at once, and the last rename wins.
+    """Compile unless it was; of several processes that want it at once, one does so.
 
     `flags` come after the usual ones. Raises OSError, RuntimeError or SubprocessError where it
     cannot be compiled, kept or loaded.
@@ -54,18 +58,46 @@ def compile_library(
     flags = _FLAGS + flags
     path = folder / f"native-{_key(compiler, flags)}{'.threaded' if threaded else ''}.so"
     if not path.exists():
-        descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(descriptor)
-        try:
-            threading = ("-fopenmp",) if threaded else ()
-            command = [compiler, *flags, *threading, "-o", made, *map(str, _SOURCES)]
-            subprocess.run(  # noqa: S603 - the system's compiler on our own source
-                command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
-            )
-            Path(made).replace(path)
-        finally:
-            Path(made).unlink(missing_ok=True)
+        with _alone(folder):
+            if not path.exists():
+                _build(path, [compiler, *flags, *(("-fopenmp",) if threaded else ())])
     return ctypes.CDLL(str(path))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is here with the same folder; one that dies is here no more."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(path: Path, command: list[str]) -> None:
+    """Compile all sources at once, each on a core if there are as many; the library appears whole
+    or not at all."""
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as made,
+        ThreadPoolExecutor(len(_SOURCES)) as threads,
+    ):
+        objects = [f"{made}/{source.stem}.o" for source in _SOURCES]
+        parts = [
+            [*command, "-c", str(source), "-o", target]
+            for source, target in zip(_SOURCES, objects, strict=True)
+        ]
+        list(threads.map(_run, parts))
+        _run([*command, "-shared", "-o", f"{made}/whole.so", *objects])
+        Path(made, "whole.so").replace(path)
+
+
+def _run(command: list[str]) -> str:
+    """What the system's compiler says. Raises OSError or SubprocessError."""
+    done = subprocess.run(  # noqa: S603 - on our own source
+        command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+    )
+    return done.stdout
 
 
 def build_name(library: ctypes.CDLL) -> str:
@@ -92,10 +124,8 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in (*_SOURCES, *_HEADERS):
         digest.update(path.name.encode() + path.read_bytes())
-    version = subprocess.run(  # noqa: S603 - the system's compiler
-        [compiler, "--version"], check=True, capture_output=True, timeout=_COMPILE_SECONDS
-    )
-    digest.update(repr((flags, compiler, version.stdout, platform.machine())).encode())
+    version = _run([compiler, "--version"])
+    digest.update(repr((flags, compiler, version, platform.machine())).encode())
     processor = Path("/proc/cpuinfo")
     if processor.exists():
         lines = processor.read_text(encoding="utf-8").splitlines()

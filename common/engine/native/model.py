@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +19,8 @@ from common.engine.native.library import build_name
 from common.engine.native.packed import Packed, pack
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
+
+log = structlog.get_logger()
 
 
 class NativeModel:
@@ -46,6 +49,7 @@ class NativeModel:
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)
         self._layers, self._head = _pack(config, checkpoint.again(), dtype, library, quantization)
+        log.info("weights_packed", num_layers=config.num_layers)
         self._records = (structs.Layer * config.num_layers)(
             *(
                 _record(layer, window)
@@ -84,7 +88,9 @@ class NativeModel:
             ctypes.byref(record),
             ctypes.c_void_p(cache.blocks.data_ptr()),
             ctypes.c_void_p(x.data_ptr()),
-            *_how(x),
+            int(x.dtype is torch.bfloat16),
+            int(cache.is_int8),
+            torch.get_num_threads(),
         )
         return x
 
@@ -98,7 +104,8 @@ class NativeModel:
                 ctypes.c_void_p(rows.data_ptr()),
                 ctypes.c_int64(len(rows)),
                 ctypes.c_void_p(out.data_ptr()),
-                *_how(x),
+                int(x.dtype is torch.bfloat16),
+                torch.get_num_threads(),
             )
         return out
 
@@ -169,8 +176,3 @@ def _record(layer: LayerWeights[Packed], window: int | None) -> structs.Layer:
         down=layer.down.product,
         window=window or 0,
     )
-
-
-def _how(x: Tensor) -> tuple[int, int]:
-    """The last arguments of each call: whether it is bfloat16, and how many threads."""
-    return int(x.dtype is torch.bfloat16), torch.get_num_threads()

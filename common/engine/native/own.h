@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -20,6 +21,11 @@ class Buffer {
         const size_t needed = (size_t(size) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
         if (lines.size() < needed) lines.resize(needed);
         return reinterpret_cast<T*>(lines.data());
+    }
+    T* zeros(int64_t size) {
+        T* const numbers = of(size);
+        std::memset(static_cast<void*>(numbers), 0, size_t(size) * sizeof(T));
+        return numbers;
     }
 
   private:

@@ -66,7 +66,7 @@ def pack(library: ctypes.CDLL, matrices: Sequence[Matrix], *, int8: bool = False
         places.append(_Place(library, matrix, torch.int8 if int8 else matrix.dtype, end))
         end = places[-1].end
 
-    whole = mmap.mmap(-1, end)
+    whole = mmap.mmap(-1, end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones have none
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             whole.madvise(mmap.MADV_HUGEPAGE)
@@ -105,16 +105,18 @@ class _Place:
         )
 
     def fill(self, whole: mmap.mmap, matrix: Matrix) -> None:
+        """Every `depth` numbers are 4 bytes, which are moved together."""
         weight, scales = matrix.stacked(), self.scales(whole)
         if scales is not None:
             weight, found = quantise(weight)
             scales.copy_(found)
         num_panels, steps, panel, depth = self._shape
         missing = (num_panels * panel - weight.shape[0], steps * depth - weight.shape[1])
-        if any(missing):
+        if any(missing) or weight.storage_offset() % depth:
             weight = functional.pad(weight, (0, missing[1], 0, missing[0]))
-        cut = weight.view(num_panels, panel, steps, depth)
-        self.weights(whole).copy_(cut.transpose(1, 2))
+        cut = weight.view(torch.int32).view(num_panels, panel, steps)
+        packed = self.weights(whole).view(torch.int32).view(num_panels, steps, panel)
+        packed.copy_(cut.transpose(1, 2))
 
 
 def _aligned(place: int) -> int:

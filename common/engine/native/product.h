@@ -41,34 +41,11 @@ inline int64_t num_steps(const Product& p) {
     return (p.in + DEPTH<W> - 1) / DEPTH<W>;
 }
 
-// out[r][0..PANEL) = x[r] . panel for R rows, while cache lines are fetched: two a step from `ahead`
-// on, ahead_step bytes from step to step.
-template <typename W, int R, typename O>
-__attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* panel, int64_t steps,
-                                        const char* ahead, int64_t ahead_step, float* out,
-                                        int64_t out_stride) {
-    WideVec sums[R][2] = {};
-    for (int64_t step = 0; step < steps; step++) {
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + 64, 0, 2);
-        ahead += ahead_step;
-        add_step<R>(sums, x, stride, panel);
-        x += DEPTH<W>;
-        panel += DEPTH<W> * PANEL;
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++)
-            store_wide(out + r * out_stride + v * WIDE, sums[r][v]);
-}
-
-template <typename W, int R = TILE_ROWS, typename O>
-void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
-              const char* ahead, int64_t ahead_step, float* out, int64_t out_stride = PANEL) {
-    if constexpr (R > 1)
-        if (rows < R)
-            return sum_rows<W, R - 1>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
-    sum_tile<W, R>(x, stride, panel, steps, ahead, ahead_step, out, out_stride);
-}
+// out[r][0..PANEL) = x[r] . panel for up to TILE_ROWS rows, while cache lines are fetched: two a step
+// from `ahead` on, ahead_step bytes from step to step. See tiles.cpp.
+template <typename W, typename O>
+void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps, const char* ahead,
+              int64_t ahead_step, float* out, int64_t out_stride = PANEL);
 
 // Calls store(row, sums) for every row of one panel's product, tile by tile; the first tile fetches.
 template <typename W, typename O, typename Store>

@@ -4,20 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
-// PER_QUAD repeats four indices for each group of four lanes, counting on.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX2__)
 constexpr int LANES = 8;
-#define PER_QUAD(a, b, c, d) {a, b, c, d, a + 4, b + 4, c + 4, d + 4}
 #else
 constexpr int LANES = 4;
-#define PER_QUAD(a, b, c, d) {a, b, c, d}
 #endif
-constexpr int QUADS = LANES / 4;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+typedef int8_t ByteVec __attribute__((vector_size(LANES)));
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -25,12 +26,22 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// Calls part with the arguments as pointers to the numbers they point to.
+template <typename F, typename... Pointers>
+void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
+    if (bfloat16)
+        part(static_cast<BFloat16*>(pointers)...);
+    else
+        part(static_cast<float*>(pointers)...);
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
 inline Vec splat(float x) { return Vec{} + x; }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(BFloat16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
     float wide;
@@ -69,6 +80,25 @@ inline void store(BFloat16* p, Vec v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// int8 from floats up to 127 in magnitude, to nearest, ties to even; NaN becomes 0.
+inline Vec load(const int8_t* p) {
+#if defined(__AVX2__)  // which the compiler does not find by itself
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const auto whole = reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(bytes));
+#else
+    ByteVec bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const IntVec whole = __builtin_convertvector(bytes, IntVec);
+#endif
+    return __builtin_convertvector(whole, Vec);
+}
+inline void store(int8_t* p, Vec v) {
+    const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23
+    const IntVec whole = reinterpret_cast<IntVec>(v + magic) - reinterpret_cast<IntVec>(magic);
+    const ByteVec bytes = __builtin_convertvector(whole & reinterpret_cast<IntVec>(v == v), ByteVec);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+
 // LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
 template <typename T>
 inline Vec load_some(const T* p, int64_t count) {
@@ -85,38 +115,18 @@ inline void store_some(T* p, Vec v, int64_t count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
-// Lane 4L + i of the result is the sum of the four lanes 4L .. 4L + 3 of the i-th argument.
-inline Vec sum_quads(Vec a, Vec b, Vec c, Vec d) {
-    const IntVec low = PER_QUAD(0, LANES, 1, LANES + 1);
-    const IntVec high = PER_QUAD(2, LANES + 2, 3, LANES + 3);
-    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-    const IntVec even = PER_QUAD(0, 1, LANES, LANES + 1);
-    const IntVec odd = PER_QUAD(2, 3, LANES + 2, LANES + 3);
-    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
-}
-
-// Lane 4g + i of the result is the sum over L of lanes 4L + i of v[g], for g < QUADS.
-inline Vec sum_lanes(const Vec* v) {
-#if defined(__AVX2__)
-    const IntVec low = {0, 1, 2, 3, 8, 9, 10, 11};
-    const IntVec high = {4, 5, 6, 7, 12, 13, 14, 15};
-    return __builtin_shuffle(v[0], v[1], low) + __builtin_shuffle(v[0], v[1], high);
-#else
+// One number from the N lanes of a vector V, in a fixed order; I is a vector of as many integers.
+template <int N, typename I, typename V, typename F>
+inline float reduce_lanes(V v, F&& combine) {
+    for (int half = N / 2; half; half /= 2) {
+        I other;
+        for (int i = 0; i < N; i++) other[i] = i ^ half;
+        v = combine(v, __builtin_shuffle(v, other));
+    }
     return v[0];
-#endif
 }
-
 inline float sum_all(Vec v) {
-    Vec quads[QUADS];
-    for (Vec& quad : quads) quad = sum_quads(v, v, v, v);
-    return sum_lanes(quads)[0];
-}
-
-inline float max_all(Vec v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+    return reduce_lanes<LANES, IntVec>(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes

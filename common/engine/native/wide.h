@@ -2,7 +2,20 @@
 // vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
 #pragma once
 
-#include "operands.h"
+#include <type_traits>
+
+#include "vectors.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#define BFLOAT16_PRODUCTS 1
+#else
+#define BFLOAT16_PRODUCTS 0
+#endif
+
+// What is multiplied with weights, keys and values of type T: bfloat16 where the processor multiplies
+// it, else float.
+template <typename T>
+using Operand = std::conditional_t<BFLOAT16_PRODUCTS && std::is_same_v<T, BFloat16>, BFloat16, float>;
 
 #if defined(__AVX512F__)
 constexpr int WIDE = 16;
@@ -28,16 +41,33 @@ inline WideInt load_wide(const int8_t* p) {  // as fours
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+inline WideVec load_numbers(const int8_t* p) {  // as floats
+#if defined(__AVX512F__)  // which the compiler does not find by itself
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return __builtin_convertvector(reinterpret_cast<WideInt>(_mm512_cvtepi8_epi32(bytes)), WideVec);
+#else
+    return load(p);
+#endif
+}
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
 // One number from all lanes, in a fixed order.
 template <typename F>
 inline float reduce(WideVec v, F&& combine) {
-    for (int half = WIDE / 2; half; half /= 2) {
-        WideInt other;
-        for (int i = 0; i < WIDE; i++) other[i] = i ^ half;
-        v = combine(v, __builtin_shuffle(v, other));
+    return reduce_lanes<WIDE, WideInt>(v, combine);
+}
+
+// Lane i of the result is the sum of all lanes of v[i], of WIDE vectors, which are worked in.
+template <int HALF = 1>
+inline WideVec sum_across(WideVec* v) {
+    WideInt kept, crossed;
+    for (int i = 0; i < WIDE; i++) {
+        kept[i] = i & HALF ? WIDE + i : i;
+        crossed[i] = kept[i] ^ HALF;
     }
+    for (int i = 0; i < WIDE; i += 2 * HALF)
+        v[i] = __builtin_shuffle(v[i], v[i + HALF], kept) + __builtin_shuffle(v[i], v[i + HALF], crossed);
+    if constexpr (2 * HALF < WIDE) return sum_across<2 * HALF>(v);
     return v[0];
 }
 
@@ -77,15 +107,17 @@ inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, cons
     }
 }
 
+inline void store_weights(float* p, WideVec weights) { store_wide(p, weights); }
+
 #if BFLOAT16_PRODUCTS
 inline WideVec add_pairs(WideVec sum, WideInt a, WideInt b) {
-#if defined(__AVX512F__)
     return reinterpret_cast<WideVec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                       reinterpret_cast<__m512bh>(a),
                                                       reinterpret_cast<__m512bh>(b)));
-#else
-    return add_bfloat16_products(sum, a, b);
-#endif
+}
+inline void store_weights(BFloat16* p, WideVec weights) {
+    const auto narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(weights));
+    std::memcpy(p, &narrow, sizeof narrow);
 }
 
 template <int R>

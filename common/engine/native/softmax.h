@@ -1,0 +1,44 @@
+// A row's softmax, span by span: FlashAttention-2, algorithm 1.
+#pragma once
+
+#include <algorithm>
+
+#include "spans.h"
+#include "wide.h"
+
+// What the spans so far add up to: the highest score, the sum of the weights below it, and the
+// factor by which the last span made the sums before it smaller.
+struct Running {
+    float top = UNSEEN, total = 0.0f, shrink = 1.0f;
+};
+
+// A line of scores becomes weights: 0 but for places [low, high), up to `count`, which is rounded up
+// to whole vectors. `scale` has the factor that turns exp2 into exp. The line is worked in.
+template <typename O>
+void soften(float* line, O* weights, int low, int high, int count, float scale, Running& row) {
+    WideInt lanes;
+    for (int i = 0; i < WIDE; i++) lanes[i] = i;
+    WideVec tops = WideVec{} + row.top, sum = {};
+    for (int s = 0; s < high; s += WIDE) {
+        WideVec scaled = load_wide(line + s) * scale;
+        if (s < low || s + WIDE > high) {
+            const WideInt at = lanes + s;
+            scaled = (at >= low) & (at < high) ? scaled : WideVec{} + UNSEEN;
+        }
+        store_wide(line + s, scaled);
+        tops = scaled > tops ? scaled : tops;
+    }
+    const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
+    for (int s = 0; s < high; s += WIDE) {
+        const WideVec scaled = load_wide(line + s);
+        const WideVec power = exp2_negative_of<WideVec, WideInt>(scaled - above);
+        const WideVec weight = scaled == UNSEEN ? WideVec{} : power;
+        store_weights(weights + s, weight);
+        sum += weight;
+    }
+    for (int s = (high + WIDE - 1) / WIDE * WIDE; s < count; s += WIDE)
+        store_weights(weights + s, WideVec{});
+    row.shrink = above == row.top ? 1.0f : exp2_negative(splat(row.top - above))[0];
+    row.top = above;
+    row.total = row.total * row.shrink + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
+}
