@@ -106,10 +106,11 @@ class ConfigFile:
         return ConfigFileError(f"{self._place(table, key)}: there is no {what}{hint}")
 
 
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """A hint to append to a refusal; empty if nothing right is near."""
+def nearest(wrong: str, right: Iterable[str], prefix: str = "") -> str:
+    """A hint to append to a refusal; empty if nothing right is near. All names have the `prefix`
+    besides."""
     close = difflib.get_close_matches(wrong, list(right), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _lines(text: str) -> Iterator[tuple[tuple[str, str], int]]:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,10 @@ DRAIN_HELP = "time that what is under way may take to end or move elsewhere, aft
 EXIT_MISCONFIGURED = os.EX_CONFIG  # starting again would end alike
 
 
+# Called with a function and what to give it; its result comes when that is done.
+Aside = Callable[..., Awaitable[Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Seams:
     """Everything a service uses of the world outside it."""
@@ -44,6 +48,7 @@ class Seams:
     host_id: str  # processes with equal ids can share memory
     pid: int
     notifier: Notifier = field(default_factory=Notifier)  # tells who started us how we are
+    aside: Aside = asyncio.to_thread  # runs arithmetic beside the event loop
 
 
 class Tasks:
@@ -150,6 +155,8 @@ async def serve(
     access: Access,
     make_service: Callable[[Seams], Service],
     drain_s: float = DRAIN_TIMEOUT_S,
+    *,
+    io_threads: int = 1,
 ) -> int:
     """The whole life of a service's process. Returns the exit status."""
     configure_logging(log_level, name)
@@ -158,7 +165,7 @@ async def serve(
         keys = access.load()
         if keys is None:
             log.warning("insecure", reason="no keys: whoever reaches the ports may say anything")
-        transport = ZmqTransport(keys)
+        transport = ZmqTransport(keys, io_threads)
         seams = dataclasses.replace(live_seams(transport), notifier=notifier)
         return await _serve(seams, transport, make_service, drain_s)
     except StartError as error:

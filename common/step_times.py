@@ -26,7 +26,11 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
     def prompt_s(self, num_tokens: int, context: float) -> float:
         """As many steps as so much of a prompt, or of several, needs."""
-        return self._s(-(-num_tokens // (self.max_tokens or num_tokens or 1)), num_tokens, context)
+        return self._s(self.num_steps(num_tokens), num_tokens, context)
+
+    def num_steps(self, num_tokens: int) -> int:
+        """That so many of a prompt's tokens need, if they are alone."""
+        return -(-num_tokens // (self.max_tokens or num_tokens or 1))
 
     def _s(self, num_steps: int, num_tokens: int, context: float) -> float:
         ms = num_steps * self.base_ms + num_tokens * self.token_ms + context * self.context_ms

@@ -50,9 +50,26 @@ class Moved(msgspec.Struct, kw_only=True, frozen=True):
     num_late_bytes: int
 
 
-class Option(msgspec.Struct, kw_only=True, frozen=True):
+class BreakEven(msgspec.Struct, kw_only=True, frozen=True):
+    """What it takes to move a prompt's KV to the decode worker, beside what that worker would need
+    to have it without (`local_ms`: fetch what is cached, compute the rest). `num_bytes` go the
+    slower of the ways, to the store and from there, at `bytes_per_s` as measured; both take
+    `transfer_ms`, of which `residue_ms` are left when the prompt is computed. Moving `pays` while
+    `transfer_ms` is not more than `local_ms`."""
+
+    num_bytes: int
+    bytes_per_s: float
+    transfer_ms: float
+    residue_ms: float
+    local_ms: float
+    pays: bool
+
+
+class Option(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """A pair of workers as placement saw it, and what it expected of it. The first token is
-    expected at `ttft_ms`, the sum of the four before it."""
+    expected at `ttft_ms`, the sum of the four before it. `break_even` is the pair's or, where the
+    decode worker computes the prompt itself, that of the best pair with it; left out where nothing
+    would move."""
 
     prefill_worker: str
     decode_worker: str
@@ -64,6 +81,7 @@ class Option(msgspec.Struct, kw_only=True, frozen=True):
     tpot_ms: float
     num_cached_tokens: int
     meets_targets: bool
+    break_even: BreakEven | None = None
 
 
 class Placement(msgspec.Struct, kw_only=True, frozen=True):

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-
 from common.engine.attention import make_backend, make_layers, native_library
 from common.engine.attention.base import AttentionShape
-from common.engine.config import ModelConfig
-from common.engine.model import Forward, Model
+from common.engine.model import Forward, Model, ModelPlan
 from common.engine.native.model import NativeModel
-from common.engine.weights import Checkpoint
 
 
-def make_model(
-    name: str,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    *,
-    max_model_len: int,
-    block_size: int,
-    batch_invariant: bool,
-    quantization: str,
-) -> Forward:
-    """The model that attends with the backend `name`, one of attention.BACKENDS, its matrices
-    packed as `quantization` says, one of QUANTIZATIONS.
+def make_model(plan: ModelPlan) -> Forward:
+    """The model that attends with one of attention.BACKENDS, its matrices packed as one of
+    QUANTIZATIONS says.
 
-    Raises ModelError for a name that is unknown or cannot be had here.
+    Raises ModelError for a backend that is unknown or cannot be had here.
     """
+    name, config, dtype = plan.attention, plan.config, plan.dtype
     library = native_library(name)
     if library is not None:
         return NativeModel(
             config,
-            checkpoint,
+            plan.checkpoint,
             dtype,
             library,
-            max_model_len=max_model_len,
-            batch_invariant=batch_invariant,
-            quantization=quantization,
+            max_model_len=plan.max_model_len,
+            batch_invariant=plan.batch_invariant,
+            quantization=plan.quantization,
         )
-    shape = AttentionShape.of(config, block_size)
+    shape = AttentionShape.of(config, plan.block_size)
     return Model(
         config,
-        checkpoint,
+        plan.checkpoint,
         dtype,
-        make_layers(name, config.rms_norm_eps, fixed_order=batch_invariant),
-        make_backend(name, shape, fixed_order=batch_invariant),
-        max_model_len=max_model_len,
-        batch_invariant=batch_invariant,
-        quantization=quantization,
+        make_layers(name, config.rms_norm_eps, fixed_order=plan.batch_invariant),
+        make_backend(name, shape, fixed_order=plan.batch_invariant),
+        max_model_len=plan.max_model_len,
+        batch_invariant=plan.batch_invariant,
+        quantization=plan.quantization,
     )

@@ -36,6 +36,20 @@ class StepInput:
     sample_rows: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What an engine's model is made from, and how: see TorchEngine for the settings."""
+
+    attention: str
+    config: ModelConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    block_size: int
+    max_model_len: int
+    batch_invariant: bool
+    quantization: str
+
+
 L = TypeVar("L")
 M = TypeVar("M")
 

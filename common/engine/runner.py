@@ -15,7 +15,7 @@ from common.engine.config import ModelConfig, ModelError, load_config
 from common.engine.cpu_model import make_model
 from common.engine.grammar import Grammars
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
-from common.engine.model import Forward, StepInput
+from common.engine.model import Forward, ModelPlan, StepInput
 from common.engine.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
 from common.engine.sampler import sample, score
 from common.engine.weights import Checkpoint, fingerprint
@@ -80,14 +80,16 @@ class TorchEngine:
         )
         checkpoint = Checkpoint(model_dir, config, self._device)
         self.model = self._make_model(
-            attention,
-            config,
-            checkpoint,
-            TORCH_DTYPES[computed],
-            layout.block_size,
-            max_model_len=length,
-            batch_invariant=batch_invariant,
-            quantization=quantization,
+            ModelPlan(
+                attention,
+                config,
+                checkpoint,
+                TORCH_DTYPES[computed],
+                layout.block_size,
+                length,
+                batch_invariant,
+                quantization,
+            )
         )
         arithmetic = _arithmetic(self.model.name) if batch_invariant else ""
         if quantization != "none":
@@ -115,28 +117,8 @@ class TorchEngine:
             raise ModelError("attention 'xformers' needs device cuda; use auto")
         return torch.device("cpu")
 
-    def _make_model(
-        self,
-        attention: str,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        block_size: int,
-        *,
-        max_model_len: int,
-        batch_invariant: bool,
-        quantization: str,
-    ) -> Forward:
-        return make_model(
-            attention,
-            config,
-            checkpoint,
-            dtype,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            batch_invariant=batch_invariant,
-            quantization=quantization,
-        )
+    def _make_model(self, plan: ModelPlan) -> Forward:
+        return make_model(plan)
 
     def attach(self, arena: memoryview) -> None:
         """Use `arena` as the KV memory, in place. Raises ValueError unless it is whole blocks."""

@@ -36,6 +36,9 @@ MemberId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Key = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Encoding = Annotated[
+    str, msgspec.Meta(pattern="^(|planes|int8)$")
+]  # of block bytes; "": as they are
 Traceparent = Annotated[str, msgspec.Meta(pattern=TRACEPARENT)]
 RequestName = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 Block = Count
@@ -53,7 +56,8 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed, which
     take about `queued_s`. `num_context_tokens`: positions that one token of each running sequence
     attends to. `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those
-    that do not. `pulled_bytes_per_s`: how fast blocks come from the store, where they must.
+    that do not. `pulled_bytes_per_s`, `pushed_bytes_per_s`: how fast blocks come from the store and
+    go there, where they must; 0 before any has.
     `is_draining`: it ends what it has, or hands it on, and takes nothing new. `num_steps`: that it
     has run; of two reports, which come by different ways, the one with fewer is the older."""
 
@@ -66,6 +70,7 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     prompt_steps: StepTimes | None = None
     token_steps: StepTimes | None = None
     pulled_bytes_per_s: Amount = 0.0
+    pushed_bytes_per_s: Amount = 0.0
     is_draining: bool = False
     num_steps: Total = 0
 
@@ -98,7 +103,8 @@ class Hello(Message, tag="hello"):
 
 
 class Welcome(Message, tag="welcome"):
-    """The answer to hello. `instance_id` changes when the one that answers restarts."""
+    """The answer to hello. `instance_id` changes when the one that answers restarts. `encodings`:
+    how block bytes may come and go beside as they are, from a store's data socket."""
 
     instance_id: str
     heartbeat_s: float = 0.5
@@ -107,6 +113,7 @@ class Welcome(Message, tag="welcome"):
     cache_secret: bytes = b""
     host_id: str = ""
     num_blocks: int = 0
+    encodings: list[RequestName] = []
 
 
 class Failed(Message, tag="failed"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.messages.base import (
     Block,
     Count,
+    Encoding,
     Key,
     Member,
     MemberId,
@@ -113,19 +114,22 @@ class GiveBack(Message, tag="give_back"):
 
 class PutBlocks(_HandoffStep, tag="put"):
     """Bytes of blocks from `first_index` on, one frame each, for an arena the sender cannot map.
-    Answered by ok. `digests` are those of common/kv/integrity.py; `keys` as in `commit`."""
+    Answered by ok. `digests` are those of common/kv/integrity.py, of the blocks once they are
+    decoded; `keys` as in `commit`; `encoding` is one of common/kv/encodings.py."""
 
     first_index: Count
     blocks: list[Block]
     digests: list[Key]
     keys: list[Key] = []
+    encoding: Encoding = ""
 
 
 class GetBlocks(_HandoffStep, tag="get"):
     """Ask for the bytes of blocks of the handoff, by their places in its table. Answered by
-    BlockBytes and frames."""
+    BlockBytes and frames, which may have this `encoding`."""
 
     indexes: list[Count]
+    encoding: Encoding = ""
 
 
 class Discard(_HandoffStep, tag="discard"):
@@ -173,6 +177,7 @@ class BlockBytes(Message, tag="bytes"):
     """The bytes asked for follow as frames, one for each block, each with its digest."""
 
     digests: list[Key]
+    encoding: Encoding = ""
 
 
 class Filled(Message, tag="filled"):

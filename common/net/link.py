@@ -65,9 +65,9 @@ class Link:
         self._say_hello()
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether a call is not answered yet."""
-        return bool(self._calls)
+    def num_waiting(self) -> int:
+        """Calls that are not answered yet."""
+        return len(self._calls)
 
     def send(self, message: Message, bulk: Sequence[Frame] = ()) -> None:
         """Queue a message without waiting for an answer. One that cannot be queued is lost, and

@@ -14,6 +14,11 @@ from common.net.zap import ZapHandler
 from kvbaton.sockets import MAX_FRAME_BYTES, Curve, EventSocket, reason
 
 LINGER_MS = 200  # what closing waits for last words, a refusal or a goodbye
+# A host that was cut off says no goodbye. TCP alone tries for a quarter of an hour, less and less
+# often: a host that comes back would not be found for minutes.
+LOST_HOST_MS = 10_000  # a connection on which nothing sent is acknowledged for so long has ended
+CONNECT_MS = 2_000  # a host that does not answer is called again
+_KEEPALIVE_S = 10  # who has nothing to send asks so often whether the other is there
 # What the kernel keeps (it doubles the number) for a peer that may stop reading.
 SLOW_READER_BUFFER_BYTES = 128 * 1024
 _MAPPED_IPV4 = re.compile(r"\[::ffff:([0-9.]+)\]")  # how a socket for both families names IPv4
@@ -40,6 +45,7 @@ class ZmqRouter:
         )
         self._socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.raw.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        _watch_host(self._socket)
         if slow_reader_s is not None:
             # The kernel ends a connection whose window stays shut, and with it goes ZeroMQ's queue.
             self._socket.raw.setsockopt(zmq.TCP_MAXRT, max(1, round(slow_reader_s * 1000)))
@@ -74,6 +80,8 @@ class ZmqDealer:
         curve: Curve | None = None,
     ) -> None:
         self._socket = EventSocket(context, zmq.DEALER, handler, linger_ms=LINGER_MS)
+        _watch_host(self._socket)
+        self._socket.raw.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         if curve is not None:
             self._socket.secure(curve)
         if lost is not None:
@@ -91,12 +99,21 @@ class ZmqDealer:
         self._socket.close()
 
 
+def _watch_host(end: EventSocket) -> None:
+    """Have the kernel end connections to a host that is cut off; a process that is busy is none."""
+    end.raw.setsockopt(zmq.TCP_MAXRT, LOST_HOST_MS)
+    end.raw.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    end.raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)
+    end.raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_S)
+
+
 class ZmqTransport:
     """One ZeroMQ context and the sockets made from it: with `keys`, each of them is encrypted, and
-    the context's ZAP handler decides who gets in. Without, everybody does."""
+    the context's ZAP handler decides who gets in. Without, everybody does. Connections are spread
+    over `io_threads`, which encrypt and decrypt."""
 
-    def __init__(self, keys: Keys | None = None) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    def __init__(self, keys: Keys | None = None, io_threads: int = 1) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._keys = keys
         self._zap = None if keys is None else ZapHandler(self._context, keys.public.users())
 

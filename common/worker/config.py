@@ -20,6 +20,14 @@ class WorkerConfig:
     bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
     advertise: str = setting("", ADVERTISE_HELP)
     mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
+    data_connections: int = setting(
+        1, "connections for block bytes to each store, each encrypted by a thread of its own", low=1
+    )
+    kv_compression: str = setting(
+        "off",
+        "of KV that moves; auto: lossless where that is sooner; int8 changes what is computed",
+        choices="off lossless auto int8",
+    )
     dtype: str = setting("auto", "auto, bfloat16 or float32", choices="auto bfloat16 float32")
     device: str = setting("auto", "a GPU where there is one", choices="auto cpu cuda")
     device_kv_bytes: int = setting(

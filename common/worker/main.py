@@ -86,6 +86,7 @@ def worker_main(role_name: str, make_role: Callable[[WorkerRuntime], Role]) -> N
         Access(role_name, config.keys, config.insecure, [config.bind]),
         lambda seams: WorkerRuntime(config, role_name, seams, _make_lasting_engine, make_role),
         config.drain_s,
+        io_threads=config.data_connections,
     )
     status = uvloop.run(main)
     # All is released by now. Python and torch would take a second of CPU to take themselves apart,

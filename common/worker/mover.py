@@ -1,8 +1,8 @@
 """Movers make blocks of the store's arena usable where a worker computes.
 
 `shm`: the worker maps the very arena; nothing moves. `zmq`: the worker computes in memory of its
-own and block bytes travel as frames, each with a digest. A block has the same number in both, so a
-block table means the same everywhere; what is already held here is not pulled again.
+own and block bytes travel as frames (block_wire.py), each with a digest. A block has the same
+number in both, so a block table means the same everywhere; what is held here is not pulled again.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from common.kv.integrity import block_digest
-from common.messages import (
-    BlockBytes,
-    CorruptError,
-    GetBlocks,
-    PutBlocks,
-    StaleError,
-    WorkerCounts,
-)
-from common.net.link import Link
+from common.messages import CorruptError, GetBlocks, PutBlocks, StaleError
 from common.seams import Clock
+from common.transfer_rate import TransferRate
+from common.worker.block_wire import BlockWire, Frames
+from common.worker.moving import Moving
 from common.worker.sequence import Piece
-from kvbaton.errors import KvbatonError, ProtocolError
+from kvbaton.errors import KvbatonError
 
 BYTES_IN_FLIGHT = 8 * 1024 * 1024  # each way: what may be on its way before an answer came
 MESSAGE_BYTES = 1024 * 1024  # a message's share, small so that neither end's loop stalls on it
@@ -88,25 +83,25 @@ class ShmMover:
 
 
 class ZmqMover:
-    """Bytes as frames over the store's data socket, bounded by byte credits.
+    """Bytes as frames over the connections to a store's data socket, bounded by byte credits.
 
-    `arena` is this worker's memory for the blocks of one store.
+    `arena` is this worker's memory for the blocks of that store.
     """
 
     moves = True
 
     def __init__(
         self,
-        link: Link,
+        wire: BlockWire,
         arena: memoryview,
         block_bytes: int,
-        counts: WorkerCounts,
+        moving: Moving,
         clock: Clock,
     ) -> None:
-        self._link = link
+        self._wire = wire
         self._arena = arena
         self._block_bytes = block_bytes
-        self._counts = counts
+        self._moving = moving
         self._clock = clock
         self._batch = max(1, MESSAGE_BYTES // block_bytes)
         self._credits = asyncio.Semaphore(max(1, BYTES_IN_FLIGHT // (self._batch * block_bytes)))
@@ -129,16 +124,18 @@ class ZmqMover:
                 epoch=epoch,
                 first_index=batch[0].place,
                 blocks=[piece.block for piece in batch],
-                digests=[
-                    block_digest(piece.key, stamp, frame)
-                    for piece, stamp, frame in zip(batch, stamps, frames, strict=True)
-                ],
+                digests=[],
                 keys=[piece.key for piece in batch],
             )
-            await self._link.call(message, frames)
+
+            def digests(blocks: Frames) -> list[bytes]:
+                named = zip(batch, stamps, blocks, strict=True)
+                return [block_digest(piece.key, stamp, block) for piece, stamp, block in named]
+
+            await self._wire.put(message, frames, digests)
             self._held.update((piece.block, s) for piece, s in zip(batch, stamps, strict=True))
 
-        await self._in_batches(push_batch, pieces)
+        await self._in_batches(push_batch, pieces, self._moving.pushes.blocks)
 
     async def pull(
         self,
@@ -154,13 +151,12 @@ class ZmqMover:
             indexes = [piece.place for piece in batch]
             message = GetBlocks(handoff_id=handoff_id, epoch=epoch, indexes=indexes)
             stamps = [self._stamp(piece.block) for piece in batch]
-            answer, frames = await self._link.call_bulk(message)
-            assert isinstance(answer, BlockBytes)
-            self._take(batch, stamps, answer.digests, frames, is_wanted)
+            digests, frames = await self._wire.get(message)
+            self._take(batch, stamps, digests, frames, is_wanted)
             num_pulled += len(batch)
 
         missing = [p for p in pieces if self._held.get(p.block) != self._stamp(p.block)]
-        await self._in_batches(pull_batch, missing)
+        await self._in_batches(pull_batch, missing, self._moving.pulls.blocks)
         return num_pulled
 
     def _stamp(self, block: int) -> int:
@@ -174,15 +170,11 @@ class ZmqMover:
         batch: Sequence[Piece],
         stamps: list[int],
         digests: list[bytes],
-        frames: list[memoryview],
+        frames: Frames,
         is_wanted: Callable[[], bool],
     ) -> None:
-        if not len(batch) == len(digests) == len(frames):
-            raise ProtocolError(f"asked for {len(batch)} blocks, {len(frames)} came")
         corrupt: list[int] = []
         for piece, stamp, digest, frame in zip(batch, stamps, digests, frames, strict=True):
-            if frame.nbytes != self._block_bytes:
-                raise ProtocolError(f"a block is {self._block_bytes} bytes, got {frame.nbytes}")
             if block_digest(piece.key, stamp, frame) != digest:
                 corrupt.append(piece.place)
             elif is_wanted():
@@ -195,22 +187,30 @@ class ZmqMover:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
 
     async def _in_batches(
-        self, move: Callable[[Sequence[Piece]], Awaitable[None]], pieces: Sequence[Piece]
+        self,
+        move: Callable[[Sequence[Piece]], Awaitable[None]],
+        pieces: Sequence[Piece],
+        rate: TransferRate,
     ) -> None:
         """Move blocks in messages of bounded size, with bounded bytes under way. All have ended
         when this does, also when one has failed: nothing reads or writes memory after that."""
+        counts, clock = self._moving.counts, self._clock
 
         async def move_batch(batch: Sequence[Piece]) -> None:
             async with self._credits:
-                started_at = self._clock.now()
+                started_at = clock.now()
+                rate.begin(started_at)
+                num_bytes = 0
                 try:
                     await move(batch)
+                    num_bytes = len(batch) * self._block_bytes
                 except KvbatonError:
-                    self._counts.num_transfers_failed += 1
+                    counts.num_transfers_failed += 1
                     raise
-                num_bytes = len(batch) * self._block_bytes
+                finally:
+                    rate.end(num_bytes, clock.now())
                 self.num_bytes_moved += num_bytes
-                self._counts.transfer(num_bytes, self._clock.now() - started_at)
+                counts.transfer(num_bytes, clock.now() - started_at)
 
         batches = [pieces[i : i + self._batch] for i in range(0, len(pieces), self._batch)]
         moves = (move_batch(batch) for batch in batches)

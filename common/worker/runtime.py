@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from common.cluster_metrics import WorkerRow, worker_families
+from common.config import StartError
 from common.engine.work import Engine, Sampled, Work
 from common.log import change_log_level
 from common.messages import (
@@ -48,10 +49,10 @@ from common.service import Seams, Tasks, first_of
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
 from common.worker.holdings import holdings
-from common.worker.mover import CorruptPiecesError
+from common.worker.mover import MESSAGE_BYTES, CorruptPiecesError
+from common.worker.moving import Moving
 from common.worker.progress import Progress
 from common.worker.publisher import Publisher
-from common.worker.pull_rate import PullRate
 from common.worker.role import Role
 from common.worker.sequence import Piece, Sequence
 from common.worker.step_fit import StepFits
@@ -85,12 +86,12 @@ class WorkerRuntime:
         self.tasks = Tasks(self._fail)
         self.is_draining = False
         self.step_fits = StepFits(config.max_num_batched_tokens)
-        self.pull_rate = PullRate()
         self._instance_id = seams.rng.new_id()
         self._role_name = role_name
         self._make_engine = make_engine
         self._make_role = make_role
         self._counts = WorkerCounts()
+        self._moving = Moving(self._counts, config.data_connections, config.kv_compression)
         self._outputs: dict[bytes, list[OutputToken]] = {}
         self._engine: Engine | None = None
         self._server: Server | None = None
@@ -102,6 +103,10 @@ class WorkerRuntime:
 
     async def start(self) -> None:
         """Load the model, bind, join every store; returns once steps can run."""
+        if self.config.batch_invariant and self.config.kv_compression == "int8":
+            raise StartError(
+                "--kv-compression int8 changes what is computed, which --batch-invariant rules out"
+            )
         notifier = self.seams.notifier
         notifier.describe = self._describe_load
         notifier.status(f"loading {self.config.model}")
@@ -110,7 +115,8 @@ class WorkerRuntime:
         self.block_size = self.info.layout.block_size
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
-        self.publisher = Publisher(self.tasks, self.endings)
+        part_blocks = max(1, MESSAGE_BYTES // self.info.layout.block_bytes)
+        self.publisher = Publisher(self.tasks, self.endings, part_blocks)
         steps = self._steps = StepLoop(
             engine,
             self,
@@ -144,6 +150,7 @@ class WorkerRuntime:
             describe=self._describe,
             load=self.role.load,
             counts=self.counts,
+            moving=self._moving,
             handle=self._on_store,
         )
         notifier.status(f"waiting for {self.config.stores}")
@@ -364,13 +371,10 @@ class WorkerRuntime:
         handoff_id, epoch = sequence.handoff_id, sequence.epoch
         pieces = [Piece(index, block, sequence.digest_key(index)) for index, block in blocks]
         try:
-            began_at = self.seams.clock.now()
             num_moved = await store.mover.pull(
                 handoff_id, epoch, pieces, lambda: not sequence.is_over
             )
-            sequence.num_moved += num_moved
-            num_bytes = num_moved * self.info.layout.block_bytes
-            self.pull_rate.add(num_bytes, self.seams.clock.now() - began_at)
+            sequence.num_moved += num_moved  # others may have moved some meanwhile
         except CorruptPiecesError as error:
             log.error("blocks_corrupt", **sequence.names, indexes=error.indexes)
             store.link.send(Discard(handoff_id=handoff_id, epoch=epoch, indexes=error.indexes))
@@ -386,6 +390,16 @@ class WorkerRuntime:
     def num_steps(self) -> int:
         """That were run since the start."""
         return self._counts.num_steps
+
+    @property
+    def pulled_bytes_per_s(self) -> float:
+        """How fast blocks come from stores elsewhere, as far as is known; 0 before any has."""
+        return self._moving.pulls.blocks.bytes_per_s(self.seams.clock.now())
+
+    @property
+    def pushed_bytes_per_s(self) -> float:
+        """How fast they go there."""
+        return self._moving.pushes.blocks.bytes_per_s(self.seams.clock.now())
 
     @property
     def tokens_per_s(self) -> float:

@@ -10,6 +10,7 @@ import structlog
 
 from common.engine.work import DeviceMemory
 from common.incarnations import FormerIds
+from common.kv.layout import KvLayout
 from common.messages import (
     INTERNAL_VERSION,
     Commit,
@@ -30,9 +31,11 @@ from common.messages import (
 from common.net.addresses import reachable
 from common.net.link import Link
 from common.service import Seams, Tasks
+from common.worker.block_wire import BlockWire
 from common.worker.device_mover import DeviceMover
 from common.worker.lease import BlockLease
 from common.worker.mover import Mover, ShmMover, ZmqMover
+from common.worker.moving import Moving
 from common.worker.sequence import Sequence
 from kvbaton.errors import ConnectionLostError, KvbatonError
 
@@ -59,6 +62,7 @@ class StoreLink:
         describe: Callable[[str], Member],
         load: Callable[[], Load],
         counts: Callable[[], WorkerCounts],
+        moving: Moving,
         handle: Callable[[StoreLink, Message], None],
         rejoin: Callable[[StoreLink], None],
         refused: Callable[[KvbatonError], None],
@@ -76,10 +80,11 @@ class StoreLink:
         self._describe = describe
         self._load = load
         self._counts = counts
+        self._moving = moving
         self._handle = handle
         self._rejoin = rejoin
         self._refused = refused
-        self._data: Link | None = None
+        self._data: BlockWire | None = None
         self.link = Link(
             seams.transport,
             endpoint,
@@ -129,7 +134,7 @@ class StoreLink:
         self,
         arena: memoryview,
         first_slot: int,
-        block_bytes: int,
+        layout: KvLayout,
         device: DeviceMemory | None,
         *,
         shared: bool,
@@ -141,12 +146,22 @@ class StoreLink:
         else:
             if self._data is not None:
                 self._data.close()
-            self._data = self._data_link()
-            self.mover = ZmqMover(self._data, arena, block_bytes, self._counts(), self._seams.clock)
+            self._data = self._data_wire(layout)
+            self.mover = ZmqMover(
+                self._data, arena, layout.block_bytes, self._moving, self._seams.clock
+            )
         if device is not None:
-            self.mover = DeviceMover(self.mover, device, first_slot, block_bytes)
+            self.mover = DeviceMover(self.mover, device, first_slot, layout.block_bytes)
         self._is_ready = True
         self.tell()
+
+    def _data_wire(self, layout: KvLayout) -> BlockWire:
+        links = [self._data_link() for _ in range(self._moving.num_connections)]
+        return BlockWire(links, layout, self._moving, self._seams.clock, self._seams.aside)
+
+    def _data_welcomed(self, welcome: Welcome) -> None:
+        if self._data is not None:
+            self._data.encodings = welcome.encodings
 
     def _data_link(self) -> Link:
         return Link(
@@ -155,7 +170,7 @@ class StoreLink:
             decoder(FromStore),
             role="kvstore",
             hello=self._introduction,
-            welcomed=lambda _: None,
+            welcomed=self._data_welcomed,
             handle=lambda _: None,
             refused=self._data_refused,
         )
@@ -179,8 +194,9 @@ class StoreLink:
                 await self.link.call(self._heartbeat(), timeout_s=interval_s * HEARTBEATS_MISSED)
             except ConnectionLostError as error:
                 log.warning("store_silent", store=self.link.endpoint, reason=error.message)
-            if self._data is not None and self._data.is_waiting:
-                self._tasks.spawn(self._beat_data(self._data), "data-heartbeat")
+            for data in self._data.links if self._data is not None else ():
+                if data.num_waiting:
+                    self._tasks.spawn(self._beat_data(data), "data-heartbeat")
 
     async def _beat_data(self, data: Link) -> None:
         """Its number, or that of its answer, shows what was lost before: then the link begins anew,

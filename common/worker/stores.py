@@ -13,6 +13,7 @@ from common.kv.arena import NoArenaError
 from common.messages import Heartbeat, Load, Member, Message, WorkerCounts
 from common.service import Seams, Tasks
 from common.worker.memory import WorkerMemory
+from common.worker.moving import Moving
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, UnavailableError
 
@@ -56,6 +57,7 @@ class Stores:
         describe: Callable[[str], Member],
         load: Callable[[], Load],
         counts: Callable[[], WorkerCounts],
+        moving: Moving,
         handle: Callable[[StoreLink, Message], None],
     ) -> None:
         """Say hello to every store."""
@@ -69,6 +71,7 @@ class Stores:
                 describe=describe,
                 load=load,
                 counts=counts,
+                moving=moving,
                 handle=handle,
                 rejoin=self._welcomed,
                 refused=self._refused,
@@ -136,7 +139,7 @@ class Stores:
                 continue
             first_slot = self._memory.first_slot(store.index)
             device = self._engine.device_memory
-            store.ready(place, first_slot, block_bytes, device, shared=shared)
+            store.ready(place, first_slot, self._engine.info.layout, device, shared=shared)
         self.attached.set()
 
     def _replacing(self, place: memoryview) -> AbstractContextManager[None]:

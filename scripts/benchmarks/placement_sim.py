@@ -3,6 +3,7 @@ requests in it, for `scripts/bench placement`."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ class Simulation:
                     prompt_steps=each.fits.prompts,
                     moves=True,
                     bytes_per_s=self._cluster.bytes_per_s,
+                    pushed_bytes_per_s=math.inf,  # decode fetches from where it was computed
                     num_held=num_held[each.number] * BLOCK_SIZE,
                     num_placed=each.num_placed,
                 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +29,9 @@ from scripts.benchmarks.report import Report
 from scripts.demo.corpus import load_corpus
 from scripts.demo.tokenizer import encode, held_out_documents
 
-VARIANTS = {
-    "weights": {"quantization": "int8"},
-    "kv": {"kv_cache_dtype": "int8"},
-    "both": {"quantization": "int8", "kv_cache_dtype": "int8"},
-}
 _PLAIN = "none"
+WEIGHTS, KV = ("weights", "both"), ("kv", "both")
+VARIANTS = ("weights", "kv", "both")
 _STEPS = ("decode", "prefill")
 
 
@@ -77,7 +74,12 @@ def _engines(folder: Path, variants: Sequence[str]) -> Iterator[dict[str, TorchE
     with contextlib.ExitStack() as stack:
         made = {}
         for name in (_PLAIN, *variants):
-            made[name] = TorchEngine(folder, threads=1, **VARIANTS.get(name, {}))
+            made[name] = TorchEngine(
+                folder,
+                threads=1,
+                quantization="int8" if name in WEIGHTS else "none",
+                kv_cache_dtype="int8" if name in KV else "auto",
+            )
             stack.callback(made[name].close)
         yield made
 
@@ -118,11 +120,12 @@ def _add_quality(report: Report, variants: Sequence[str], most: int | None) -> N
     total = {}
     for name in benches:
         each = [figures[name] for figures in found]
-        *means, _ = np.average(each, axis=0, weights=weights).tolist()
-        total[name] = Distance(*means, max(figures.furthest_logit for figures in each))
+        nats, divergence, same_first, _ = np.average(each, axis=0, weights=weights).tolist()
+        furthest = max(figures.furthest_logit for figures in each)
+        total[name] = Distance(nats, divergence, same_first, furthest)
         report.figures[f"quality {name}"] = {"tokens": sum(weights), **total[name]._asdict()}
     plain = total.pop(_PLAIN)
-    lines = {
+    lines: dict[str, tuple[str, Callable[[Distance], str]]] = {
         "nats a token": (f"{plain.nats:.4f}", lambda d: f"{d.nats:.4f}"),
         "perplexity over none's": ("", lambda d: f"{np.exp(d.nats - plain.nats):.5f}"),
         "mean KL divergence, nats": ("", lambda d: f"{d.divergence:.6f}"),

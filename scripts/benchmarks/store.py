@@ -89,7 +89,7 @@ def _add_handoffs(report: Report, options: argparse.Namespace, core: int) -> Non
     shape = Shape(options.prompt, options.chunk)
     count = options.handoffs
     pure = PureStore(_NUM_BLOCKS, shape)
-    with live_store(core, _SMALL, _NUM_BLOCKS, "shm") as store:
+    with live_store([core], _SMALL, _NUM_BLOCKS, "shm") as store:
         live = LiveHandoffs(store.members, shape)
 
         def run_pure() -> Figures:
@@ -144,7 +144,7 @@ def _add_bytes(report: Report, options: argparse.Namespace, core: int) -> None:
     num_blocks = options.moved
     with (
         BarePair(core, num_blocks) as pair,
-        live_store(core, LAYOUT, 4 * num_blocks, "zmq") as store,
+        live_store([core], LAYOUT, 4 * num_blocks, "zmq") as store,
     ):
         prompt = MovedPrompt(store.members, num_blocks)
         store.run(prompt.join())

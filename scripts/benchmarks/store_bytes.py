@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.kv.encodings import PLANES
 from common.kv.integrity import block_digest
 from common.kv.layout import KvLayout
 from common.messages import (
@@ -24,7 +25,9 @@ from common.messages import (
     WorkerCounts,
 )
 from common.seams import LiveClock
+from common.worker.block_wire import BlockWire
 from common.worker.mover import ZmqMover
+from common.worker.moving import Moving
 from common.worker.sequence import Piece
 from scripts.benchmarks.store_handoffs import open_message, random_keys
 from scripts.benchmarks.store_members import StoreMembers
@@ -34,10 +37,15 @@ LAYOUT = KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dty
 
 
 def random_blocks(count: int) -> memoryview:
-    """Memory of so many blocks, all of it written to."""
+    """Memory of so many blocks, all of it written to: numbers as different in size as those of KV,
+    in each channel others."""
     memory = mmap.mmap(-1, count * LAYOUT.block_bytes)
-    numbers = np.frombuffer(memory, dtype=np.uint64)
-    numbers[:] = np.random.default_rng(1).integers(0, 2**63, len(numbers), dtype=np.uint64)
+    random = np.random.default_rng(1)
+    scales = np.exp(random.normal(size=LAYOUT.head_dim))
+    shape = LAYOUT.block_bytes // 2 // LAYOUT.head_dim, LAYOUT.head_dim
+    numbers = (random.normal(size=shape) * scales).astype(np.float32)
+    block = (numbers.view(np.uint32) >> 16).astype(np.uint16).ravel()
+    np.frombuffer(memory, np.uint16).reshape(count, -1)[:] = block
     return memoryview(memory)
 
 
@@ -50,9 +58,17 @@ class MovedPrompt:
     """A handoff whose blocks go from prefill's memory to the store's, and on to decode's; one can
     follow another. The blocks of the last one lie in the store's `arena` as cache."""
 
-    def __init__(self, members: StoreMembers, num_blocks: int) -> None:
+    def __init__(
+        self,
+        members: StoreMembers,
+        num_blocks: int,
+        num_connections: int = 1,
+        compression: str = "off",
+    ) -> None:
         self._members = members
         self._num_blocks = num_blocks
+        self._num_connections = num_connections
+        self._compression = compression
         self._told: asyncio.Queue[Message] = asyncio.Queue()
         members.pushed = self._told.put_nowait
         self._handoff: tuple[str, int] = "", 0
@@ -65,15 +81,15 @@ class MovedPrompt:
         welcome = await self._members.join()
         self.arena = _map(welcome.arena_path)
         self._prefill, self._decode = [
-            ZmqMover(
-                await self._members.data_link(role),
-                random_blocks(welcome.num_blocks),
-                LAYOUT.block_bytes,
-                WorkerCounts(),
-                LiveClock(),
-            )
-            for role in ("prefill", "decode")
+            await self._mover(role, welcome.num_blocks) for role in ("prefill", "decode")
         ]
+
+    async def _mover(self, role: str, num_blocks: int) -> ZmqMover:
+        links = [await self._members.data_link(role) for _ in range(self._num_connections)]
+        moving, clock = Moving(WorkerCounts(), compression=self._compression), LiveClock()
+        wire = BlockWire(links, LAYOUT, moving, clock, asyncio.to_thread)
+        wire.encodings = [PLANES]
+        return ZmqMover(wire, random_blocks(num_blocks), LAYOUT.block_bytes, moving, clock)
 
     async def fill(self) -> None:
         """Have blocks to write."""

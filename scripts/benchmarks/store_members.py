@@ -7,7 +7,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ import uvloop
 
 from common.kv.layout import KvLayout
 from common.messages import INTERNAL_VERSION, FromStore, Hello, Member, Message, Welcome, decoder
+from common.net.access import Access
 from common.net.link import Link
 from common.net.zmq_transport import ZmqTransport
 from kvbaton.errors import KvbatonError
-from scripts.benchmarks.measure import pin, seconds_of
+from scripts.benchmarks.measure import on_cores, seconds_of
 from tests.cluster.processes import Cluster, cpu_seconds
 
 _ROLES = ("gateway", "prefill", "decode")
@@ -29,21 +30,22 @@ _FOREVER_S = 100_000  # nobody beats here, and nobody shall be lost
 
 
 class StoreMembers:
-    """A gateway, a prefill and a decode worker, each with its own connection.
+    """A gateway, a prefill and a decode worker, each with its own connection and, by role, its own
+    transport.
 
     `pushed(message)` gets what the store tells decode without being asked; nobody, until it is set.
     """
 
     def __init__(
         self,
-        transport: ZmqTransport,
+        transports: Mapping[str, ZmqTransport],
         endpoint: str,
         layout: KvLayout,
         *,
         mover: str,
     ) -> None:
         self.pushed: Callable[[Message], None] = _ignore
-        self._transport = transport
+        self._transports = transports
         self._welcomes: dict[Link, asyncio.Future[Welcome]] = {}
         self.members = {role: _member(role, layout, mover) for role in _ROLES}
         self.links = {
@@ -87,9 +89,10 @@ class StoreMembers:
             welcome.set_exception(error)
 
         link = Link(
-            self._transport,
+            self._transports[member.role],
             endpoint,
             decoder(FromStore),
+            role="kvstore",
             hello=lambda: Hello(internal_version=INTERNAL_VERSION, member=member),
             welcomed=welcome.set_result,
             handle=handle,
@@ -145,22 +148,33 @@ class LiveStore:
 
 
 @contextmanager
-def live_store(core: int, layout: KvLayout, num_blocks: int, mover: str) -> Iterator[LiveStore]:
-    """A store process on core `core`, with room for so many blocks."""
+def live_store(
+    cores: Iterable[int] | None,
+    layout: KvLayout,
+    num_blocks: int,
+    mover: str,
+    *,
+    secure: bool = False,
+    io_threads: int = 1,
+) -> Iterator[LiveStore]:
+    """A store process on these cores, or on those that we use, with room for so many blocks.
+    With `secure` both ends encrypt, each with so many `io_threads`."""
     with (
         tempfile.TemporaryDirectory(prefix="kvbaton-bench-") as name,
-        Cluster(Path(name), secure=False) as cluster,  # one process speaks for all roles
+        Cluster(Path(name), secure=secure) as cluster,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        (ours,) = os.sched_getaffinity(0)
-        pin(core)  # inherited
         settings = {"heartbeat_s": _FOREVER_S, "lost_after_s": _FOREVER_S}
-        cluster.start("kvstore", kv_bytes=num_blocks * layout.block_bytes, **settings)
-        pin(ours)
-        transport = ZmqTransport()
+        kv_bytes = num_blocks * layout.block_bytes
+        with on_cores(cores):
+            cluster.start("kvstore", kv_bytes=kv_bytes, io_threads=io_threads, **settings)
+        transports: dict[str, ZmqTransport] = {}
 
         async def connect() -> StoreMembers:
-            members = StoreMembers(transport, cluster.stores, layout, mover=mover)
+            for role in _ROLES:
+                keys = Access(role, str(cluster.keys), not secure, []).load()
+                transports[role] = ZmqTransport(keys, io_threads)
+            members = StoreMembers(transports, cluster.stores, layout, mover=mover)
             await members.join()
             return members
 
@@ -169,4 +183,5 @@ def live_store(core: int, layout: KvLayout, num_blocks: int, mover: str) -> Iter
             yield LiveStore(runner, cluster.processes["kvstore.1"].pid, members)
         finally:
             members.close()
-            transport.close()
+            for transport in transports.values():
+                transport.close()

@@ -3,13 +3,22 @@ those of the environment. The services read the file themselves."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from common.config_file import ConfigFile, ConfigFileError
+from common.config_file import ConfigFile, ConfigFileError, nearest
 from scripts.cluster.ports import ClusterError
 
 CONFIG_VARIABLE = "KVBATON_CONFIG"
+_PREFIX = "KVBATON_"
+# Variables, without the prefix, that are no setting of a service: read by those who set up, start
+# or test them.
+_OF_SCRIPTS = {
+    "ADMIN_KEY_FILE", "CONFIG", "CUDA", "KVSTORES", "METRICS_BASE", "PYTHON", "TORCH_INDEX",
+}  # fmt: skip
+_OF_TESTS = ("TEST_", "LEAK_TEST_", "PAGE_", "GPU_CHECK_")
 _HTTP_PORT = "http_port"  # of the gateways: all other ports follow from it
 
 
@@ -32,23 +41,43 @@ def with_file(role: str, environ: Mapping[str, str]) -> dict[str, str]:
 def check_file(path: Path) -> None:
     """Look at all that a file says, to whichever service. Raises ClusterError."""
     from common.config import ConfigError, find_settings, settings_of
+
+    try:
+        file = ConfigFile(path)
+        for role, cls in _classes().items():
+            settings = settings_of(cls)
+            find_settings(settings, {}, {}, file.settings(role, settings))
+    except (ConfigError, ConfigFileError) as error:
+        raise ClusterError(str(error)) from error
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """What is to be said of each variable with our prefix that nothing here would read."""
+    ours = sorted(name for name in environ if name.startswith(_PREFIX))
+    if not ours:
+        return []
+    settings = {field.name for cls in _classes().values() for field in dataclasses.fields(cls)}
+    known = {name.upper() for name in settings} | _OF_SCRIPTS
+    bare = [name.removeprefix(_PREFIX) for name in ours]
+    return [
+        f"there is no setting {_PREFIX}{name}{nearest(name, known, _PREFIX)}"
+        for name in bare
+        if name not in known and not name.startswith(_OF_TESTS)
+    ]
+
+
+def _classes() -> dict[str, type[Any]]:
+    """The settings of each role."""
     from common.worker.config import WorkerConfig
     from services.gateway.config import GatewayConfig
     from services.kvstore.config import StoreConfig
 
-    classes: dict[str, type] = {
+    return {
         "gateway": GatewayConfig,
         "kvstore": StoreConfig,
         "prefill": WorkerConfig,
         "decode": WorkerConfig,
     }
-    try:
-        file = ConfigFile(path)
-        for role, cls in classes.items():
-            settings = settings_of(cls)
-            find_settings(settings, {}, {}, file.settings(role, settings))
-    except (ConfigError, ConfigFileError) as error:
-        raise ClusterError(str(error)) from error
 
 
 def _text(value: object) -> str:

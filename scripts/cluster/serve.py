@@ -14,7 +14,7 @@ from honcho.environ import parse as parse_env_file
 
 from common.kv.arena import LiveDisk
 from kvbaton.errors import KvbatonError
-from scripts.cluster.config_file import CONFIG_VARIABLE, check_file
+from scripts.cluster.config_file import CONFIG_VARIABLE, check_file, unknown_variables
 from scripts.cluster.honcho import Honcho
 from scripts.cluster.identity import KEYS_FOLDER, ROOT
 from scripts.cluster.keys import make_keys
@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_cores = len(os.sched_getaffinity(0))
     try:
         plan = parse_plan(arguments, os.environ, _env_file(), num_cores)
+        if wrong := unknown_variables(plan.environ):
+            raise ClusterError("; ".join(wrong))
         if path := plan.environ.get(CONFIG_VARIABLE):
             check_file(Path(path))
         check_ports(plan)

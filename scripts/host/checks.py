@@ -20,7 +20,7 @@ _SET_UP = "run scripts/setup cluster in the folder of the installation"
 def findings(facts: Facts) -> list[Finding]:
     """What there is to say, in the order in which things are needed."""
     on_host = [_python, _packages, _torch, _gpu, _processor, _compiler, _memory, _limits, _clock]
-    found = [finding for check in on_host for finding in check(facts)]
+    found = [finding for check in [*on_host, _names] for finding in check(facts)]
     return [*found, *of_cluster(facts)]
 
 
@@ -112,9 +112,12 @@ def _processor(facts: Facts) -> Iterator[Finding]:
             "it has no AVX2: every product of matrices is several times slower",
             "use another host for workers, or pass the host's processor on to a virtual machine",
         )
-    elif facts.machine == "x86_64" and not {"avx512_bf16", "amx_bf16"} & facts.cpu_flags:
+    elif facts.machine == "x86_64" and "avx512_bf16" not in facts.cpu_flags:
         yield Finding(
-            OK, "processor", "AVX2, no bfloat16: KVBATON_DTYPE=float32 may be faster than bfloat16"
+            OK,
+            "processor",
+            f"{facts.num_cores} cores that do not multiply bfloat16: prefill at half the rate, "
+            "decode as fast; KVBATON_DTYPE=float32 would be no faster",
         )
     else:
         yield Finding(OK, "processor", f"{facts.machine}, {facts.num_cores} cores")
@@ -136,7 +139,7 @@ def _compiler(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             WARNING,
             "compiler",
-            "there is no C++ compiler: torch computes attention instead, slower at decode",
+            "there is no C++ compiler: torch computes every step, several times slower",
             "install g++ (on Debian: apt-get install g++)",
         )
 
@@ -187,6 +190,13 @@ def _limits(facts: Facts) -> Iterator[Finding]:
             "limits",
             f"{_mib(facts.locked_bytes)} of memory may be locked here; copies to a GPU lock some",
             "ulimit -l unlimited; the units set LimitMEMLOCK= themselves",
+        )
+
+
+def _names(facts: Facts) -> Iterator[Finding]:
+    for problem in facts.unknown:
+        yield Finding(
+            ERROR, "settings", problem, "nothing reads it: correct the name, or take it away"
         )
 
 

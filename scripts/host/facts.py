@@ -111,6 +111,7 @@ class Facts:
     binds: tuple[Bind, ...] = ()
     stores: tuple[StoreAnswer, ...] = ()
     model: Model | None = None
+    unknown: tuple[str, ...] = ()  # what is wrong with the names of settings
 
     @property
     def has_workers(self) -> bool:

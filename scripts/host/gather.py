@@ -67,7 +67,18 @@ def gather(roles: tuple[str, ...], instances: Instances, *, load_model: bool) ->
         binds=tuple(bind for each in instances for bind in _binds(*each)),
         stores=_stores(instances, model),
         model=model,
+        unknown=_unknown(all_settings),
     )
+
+
+def _unknown(all_settings: list[dict[str, str]]) -> tuple[str, ...]:
+    """Without the packages nobody knows the settings."""
+    try:
+        from scripts.cluster.config_file import unknown_variables
+
+        return tuple(unknown_variables({name: "" for each in all_settings for name in each}))
+    except ImportError:
+        return ()
 
 
 def _number(text: str) -> int:

@@ -83,7 +83,8 @@ class DecodeRole:
             tokens_per_s=self._runtime.tokens_per_s,
             prompt_steps=fits.prompts,
             token_steps=fits.tokens,
-            pulled_bytes_per_s=self._runtime.pull_rate.bytes_per_s,
+            pulled_bytes_per_s=self._runtime.pulled_bytes_per_s,
+            pushed_bytes_per_s=self._runtime.pushed_bytes_per_s,
             is_draining=self._runtime.is_draining,
             num_steps=self._runtime.num_steps,
         )

@@ -57,7 +57,10 @@ class GatewayConfig:
         False, "refuse at once what is predicted to miss its target for the first token"
     )
     max_local_tokens: int = setting(
-        64, "uncached tokens that a decode worker may compute itself where that is sooner", low=0
+        64,
+        "uncached tokens that a decode worker may compute itself where that is sooner; any number "
+        "where moving their KV would take longer; 0: none",
+        low=0,
     )
     max_outage_s: float = setting(
         60.0, "how long a request that has begun waits for workers or a store to come back", low=0

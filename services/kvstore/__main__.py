@@ -16,5 +16,11 @@ if __name__ == "__main__":
     config = load_config(StoreConfig, "kvstore")
     binds = [config.bind, config.data_bind]
     access = Access("kvstore", config.keys, config.insecure, binds)
-    main = serve(config.name, config.log_level, access, lambda seams: KvStore(config, seams))
+    main = serve(
+        config.name,
+        config.log_level,
+        access,
+        lambda seams: KvStore(config, seams),
+        io_threads=config.io_threads,
+    )
     raise SystemExit(uvloop.run(main))

@@ -15,6 +15,9 @@ class StoreConfig:
     name: str = setting("kvstore.1", "name shown to people")
     bind: str = setting("tcp://127.0.0.1:5570", "where everyone reaches the store")
     data_bind: str = setting("tcp://127.0.0.1:5571", "where block bytes come and go")
+    io_threads: int = setting(
+        1, "threads that encrypt; workers' connections for block bytes share them", low=1
+    )
     advertise: str = setting("", f"of --data-bind: {ADVERTISE_HELP}")
     kv_bytes: int = setting(256 << 20, "size of the KV arena, e.g. 2G", low=1)
     arena_dir: str = setting("/dev/shm", "folder of the KV arena")  # noqa: S108 - shared memory

@@ -1,14 +1,18 @@
 """The store's second socket: block bytes, for workers that cannot map the arena.
 
 Bytes come and go with digests (common/kv/integrity.py). What does not fit its digest is refused
-here, and by workers there: it is computed again and never served.
+here, and by workers there: it is computed again and never served. What is encoded for a slow link
+is decoded beside the event loop, and then put as if it had come so.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from types import ModuleType
 
 from common.kv.integrity import block_digest
+from common.kv.layout import KvLayout
 from common.messages import (
     BlockBytes,
     CorruptError,
@@ -25,26 +29,34 @@ from common.messages import (
     decoder,
 )
 from common.messages.rights import RIGHTS
-from common.net.server import Server
-from common.service import Seams
-from kvbaton.errors import ProtocolError
+from common.net.server import Server, failed
+from common.service import Seams, Tasks
+from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.kvstore.ledger import Ledger
 from services.kvstore.members import Members
 
 MAX_BYTES_ASKED = 4 * 1024 * 1024  # in one message, or for one block if that is more
+MAX_CODED = 32  # messages of one peer that are decoded or encoded at once
+ENCODINGS = ["planes", "int8"]
 
 
 class DataServer:
     """Copies blocks between frames and the arena, for those whom the ledger lets."""
 
-    def __init__(self, seams: Seams, endpoint: str, members: Members, welcome: Welcome) -> None:
+    def __init__(
+        self, seams: Seams, tasks: Tasks, endpoint: str, members: Members, welcome: Welcome
+    ) -> None:
         self.num_corrupt = 0
         self.num_bytes_in = 0
         self.num_bytes_out = 0
+        self._tasks = tasks
+        self._aside = seams.aside
+        self._num_coded: Counter[bytes] = Counter()  # messages under way, by peer
         self._members = members
         self._welcome = welcome
         self._ledger: Ledger | None = None
         self._arena = memoryview(b"")
+        self._layout: KvLayout | None = None
         self._block_bytes = 1
         self._arrived: dict[int, tuple[int, bytes]] = {}  # block -> its stamp and digest then
         self._server = Server(
@@ -58,9 +70,10 @@ class DataServer:
         )
         self.endpoint = self._server.endpoint
 
-    def serve(self, ledger: Ledger, arena: memoryview, block_bytes: int) -> None:
+    def serve(self, ledger: Ledger, arena: memoryview, layout: KvLayout) -> None:
         """From now on the arena holds this ledger's blocks."""
-        self._ledger, self._arena, self._block_bytes = ledger, arena, block_bytes
+        self._ledger, self._arena = ledger, arena
+        self._layout, self._block_bytes = layout, layout.block_bytes
         self._arrived.clear()
 
     def is_damaged(self, block: int, key: bytes) -> bool:
@@ -79,7 +92,7 @@ class DataServer:
 
     def _accept(self, _peer: bytes, hello: Hello) -> Welcome:
         self._check_member(hello.member)
-        return Welcome(instance_id=self._welcome.instance_id)
+        return Welcome(instance_id=self._welcome.instance_id, encodings=ENCODINGS)
 
     def _check_member(self, member: Member) -> None:
         if member.role == "gateway" or member.member_id not in self._members:
@@ -90,14 +103,76 @@ class DataServer:
         self._check_member(member)
         if isinstance(message, Heartbeat):
             return Ok()
+        if isinstance(message, PutBlocks | GetBlocks) and message.encoding:
+            if self._num_coded[peer] >= MAX_CODED:
+                raise OverloadedError(f"{MAX_CODED} messages of this worker are being decoded")
+            self._num_coded[peer] += 1
+            self._tasks.spawn(self._coded(peer, member, message, list(bulk)), "coded-blocks")
+            return None
         if isinstance(message, PutBlocks):
             return self._put(member.member_id, message, bulk)
         if isinstance(message, GetBlocks):
-            self._get(peer, member.member_id, message)
+            self._server.send(peer, *self._get(member.member_id, message))
             return None
         raise ProtocolError(f"{type(message).__name__} belongs on the control socket")
 
-    def _put(self, worker_id: str, message: PutBlocks, bulk: Sequence[memoryview]) -> Ok:
+    async def _coded(
+        self,
+        peer: bytes,
+        member: Member,
+        message: PutBlocks | GetBlocks,
+        bulk: list[memoryview],
+    ) -> None:
+        """As without encoding, with arithmetic before or after it."""
+        answer: Message
+        frames: Sequence[bytes | memoryview] = []
+        try:
+            if isinstance(message, PutBlocks):
+                self._check_num_blocks(len(bulk))
+                blocks = await self._aside(_codec().decode, message.encoding, bulk, self._layout)
+                self._check_member(member)  # it may be gone by now, its handoff over
+                answer = self._put(member.member_id, message, blocks)
+            else:
+                answer, frames = await self._encoded(member.member_id, message)
+        except KvbatonError as error:
+            answer, frames = failed(error, message.call_id), []
+        finally:
+            self._num_coded[peer] -= 1
+            if not self._num_coded[peer]:
+                del self._num_coded[peer]
+        answer.call_id = message.call_id
+        self._server.send(peer, answer, frames)
+
+    async def _encoded(
+        self, worker_id: str, message: GetBlocks
+    ) -> tuple[BlockBytes, Sequence[bytes | memoryview]]:
+        """The answer, with frames of blocks as they were when they were asked for. Where those that
+        are read from them are others, they get digests of their own, if those here are sound."""
+        codec, encoding, layout = _codec(), message.encoding, self._layout
+        answer, blocks = self._get(worker_id, message)
+        names = self._names(worker_id, message)
+        frames: Sequence[bytes | memoryview] = await self._aside(
+            codec.encode, encoding, blocks, layout
+        )
+        if encoding == codec.INT8:
+            read = await self._aside(codec.decode, encoding, frames, layout)
+            answer.digests = [
+                block_digest(*name, now) if block_digest(*name, block) == digest else digest
+                for name, block, digest, now in zip(
+                    names, blocks, answer.digests, read, strict=True
+                )
+            ]
+        answer.encoding = encoding
+        return answer, frames
+
+    def _check_num_blocks(self, num_blocks: int) -> None:
+        if num_blocks > max(1, MAX_BYTES_ASKED // self._block_bytes):
+            raise ProtocolError(
+                f"a message may ask for {MAX_BYTES_ASKED} bytes at once, or bring so many encoded, "
+                f"got {num_blocks} blocks of {self._block_bytes} bytes"
+            )
+
+    def _put(self, worker_id: str, message: PutBlocks, bulk: Sequence[bytes | memoryview]) -> Ok:
         assert self._ledger is not None
         num_blocks = len(message.blocks)
         if len(bulk) != num_blocks or len(message.digests) != num_blocks:
@@ -106,8 +181,8 @@ class DataServer:
                 "sent"
             )
         for frame in bulk:
-            if frame.nbytes != self._block_bytes:
-                raise ProtocolError(f"a block is {self._block_bytes} bytes, got {frame.nbytes}")
+            if len(frame) != self._block_bytes:
+                raise ProtocolError(f"a block is {self._block_bytes} bytes, got {len(frame)}")
         handoff = self._ledger.find(message.handoff_id, message.epoch)
         handoff.check_writer(self._ledger.pool, worker_id, message.blocks)
         for place, (block, frame) in enumerate(zip(message.blocks, bulk, strict=True)):
@@ -123,14 +198,9 @@ class DataServer:
         self.num_bytes_in += num_blocks * self._block_bytes
         return Ok()
 
-    def _get(self, peer: bytes, worker_id: str, message: GetBlocks) -> None:
+    def _get(self, worker_id: str, message: GetBlocks) -> tuple[BlockBytes, list[bytes]]:
         assert self._ledger is not None
-        num_asked = len(message.indexes)
-        if num_asked > max(1, MAX_BYTES_ASKED // self._block_bytes):
-            raise ProtocolError(
-                f"indexes may ask for {MAX_BYTES_ASKED} bytes at once, got {num_asked} blocks of "
-                f"{self._block_bytes} bytes"
-            )
+        self._check_num_blocks(len(message.indexes))
         handoff = self._ledger.find(message.handoff_id, message.epoch)
         blocks = handoff.readable(worker_id, message.indexes)
         frames = [bytes(self._bytes(block)) for block in blocks]
@@ -139,8 +209,16 @@ class DataServer:
             for index, block, frame in zip(message.indexes, blocks, frames, strict=True)
         ]
         answer = BlockBytes(call_id=message.call_id, digests=digests)
-        self.num_bytes_out += num_asked * self._block_bytes
-        self._server.send(peer, answer, frames)
+        self.num_bytes_out += len(frames) * self._block_bytes
+        return answer, frames
+
+    def _names(self, worker_id: str, message: GetBlocks) -> list[tuple[bytes, int]]:
+        """The keys and stamps of the blocks asked for, which their digests are bound to."""
+        assert self._ledger is not None
+        handoff = self._ledger.find(message.handoff_id, message.epoch)
+        blocks = handoff.readable(worker_id, message.indexes)
+        keys = map(handoff.key_of, message.indexes)
+        return list(zip(keys, [self._ledger.pool[block].stamp for block in blocks], strict=True))
 
     def _digest(self, key: bytes, block: int, data: bytes) -> bytes:
         """The digest with which the bytes came, if they came here: so it goes from end to end."""
@@ -156,3 +234,10 @@ class DataServer:
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
+
+
+def _codec() -> ModuleType:
+    """Loaded, and with it numpy, once somebody uses it."""
+    from common.kv import encodings
+
+    return encodings

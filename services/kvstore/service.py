@@ -105,7 +105,7 @@ class KvStore:
                 self._seams.files, disk_folder(config), lambda: self._cache_secret
             )
         welcome = Welcome(instance_id=self._instance_id)
-        self._data = DataServer(self._seams, config.data_bind, self._members, welcome)
+        self._data = DataServer(self._seams, self._tasks, config.data_bind, self._members, welcome)
         self._data_endpoint = advertised(self._data.endpoint, config.advertise)
         self._server = Server(
             self._seams.transport,
@@ -248,7 +248,7 @@ class KvStore:
             journal=journal,
             left=left,
         )
-        self._data.serve(self.serving.ledger, self._memory.arena, layout.block_bytes)
+        self._data.serve(self.serving.ledger, self._memory.arena, layout)
         log.info("model_set", model=worker.model, num_blocks=self.serving.num_blocks)
         for former in left.workers if left is not None else []:
             self._await(former)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import httpx
@@ -56,8 +56,18 @@ class Cluster:
     def start(self, role: str, number: int = 1, **settings: Any) -> None:
         """Start one service. Settings are flags, with underscores for dashes."""
         name = f"{role}.{number}"
-        flags: dict[str, Any] = {"name": name}
-        flags |= {"keys": self.keys} if self.keys else {"insecure": True}
+        command = [sys.executable, "-m", f"services.{role}", "--name", name]
+        for flag, value in (self._flags(role, number) | settings).items():
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = self._popen(name, command, stdout=log, stderr=log)
+
+    def _popen(self, name: str, command: list[str], **outputs: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=ROOT, **outputs)
+
+    def _flags(self, role: str, number: int) -> dict[str, Any]:
+        """Keys and addresses."""
+        flags: dict[str, Any] = {"keys": self.keys} if self.keys else {"insecure": True}
         if role == "kvstore":
             control, data = self._store_ports[number - 1]
             flags["bind"] = f"tcp://127.0.0.1:{control}"
@@ -69,13 +79,7 @@ class Cluster:
             flags["http_port"] = self.http_port
             client_port = self.client_port if number == 1 else free_port()
             flags["bind"] = f"tcp://127.0.0.1:{client_port}"
-        command = [sys.executable, "-m", f"services.{role}"]
-        for flag, value in (flags | settings).items():
-            command += [f"--{flag.replace('_', '-')}", str(value)]
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+        return flags
 
     def wait_ready(self, num_workers: int) -> None:
         """Until the gateway serves and knows so many workers."""
@@ -117,7 +121,7 @@ class Cluster:
         dead = [name for name, process in self.processes.items() if process.poll() is not None]
         assert not dead, f"{dead} ended by themselves\n{self.logs()}"
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         self._environ.start()
         return self
 

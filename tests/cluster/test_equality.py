@@ -26,6 +26,7 @@ VOCAB = 512
 MODES: dict[str, dict[str, Any]] = {
     "shm": {"worker": {"mover": "shm"}},
     "zmq": {"worker": {"mover": "zmq"}},
+    "compressed": {"worker": {"mover": "zmq", "kv_compression": "lossless", "data_connections": 2}},
     "colocated": {"mode": "colocated", "num_prefill": 0, "num_decode": 2},
 }
 
@@ -160,10 +161,12 @@ def check_scores(loaded: Any, request: Request, scored: Scored) -> None:
 def test_every_path_gives_the_same_bits(
     tmp_path: Path, model: Path, dtype: str, prefix_cache: bool
 ) -> None:
+    moved = "compressed" if dtype == "bfloat16" else "zmq"
+    modes = ("shm", moved, "colocated")
     outputs = {
-        mode: outputs_of(tmp_path / mode, model, mode, dtype, prefix_cache) for mode in MODES
+        mode: outputs_of(tmp_path / mode, model, mode, dtype, prefix_cache) for mode in modes
     }
-    for mode in MODES:
+    for mode in modes:
         assert outputs[mode] == outputs["shm"], mode
     assert len({tuple(drawn) for _, drawn in outputs["shm"]}) == len(requests())
     assert all(len(drawn) == NUM_TOKENS for _, drawn in outputs["shm"])
@@ -188,3 +191,19 @@ def test_int8_changes_nothing_of_that(tmp_path: Path, model: Path) -> None:
     for mode in MODES:
         assert outputs[mode] == outputs["shm"], mode
     assert all(len(drawn) == NUM_TOKENS for _, drawn in outputs["shm"])
+
+
+def test_eight_bits_a_number_are_served_without_a_digest_that_does_not_fit(
+    tmp_path: Path, model: Path
+) -> None:
+    worker = {"model": model, "dtype": "bfloat16", "mover": "zmq", "kv_compression": "int8"}
+    with running(tmp_path, worker=worker, gateway={"model": model}) as cluster:
+        with cluster.client() as client:
+            for turn in range(2):
+                stream = client.generate(
+                    token_ids=list(range(5, 105)), max_tokens=NUM_TOKENS, temperature=0
+                )
+                assert len(list(stream)) == NUM_TOKENS
+                assert stream.usage is not None
+                assert (stream.usage.num_cached_tokens > 0) is (turn > 0)
+        assert "blocks_corrupt" not in cluster.logs()

@@ -12,13 +12,13 @@ import uvloop
 import zmq
 
 from common.net.transport import RouterHandler, TransportError
-from common.net.zmq_transport import ZmqDealer, ZmqRouter, ZmqTransport
+from common.net.zmq_transport import LOST_HOST_MS, ZmqDealer, ZmqRouter, ZmqTransport
 from kvbaton.sockets import MAX_FRAME_BYTES, READ_BATCH, EventSocket
 from tests.ports import free_port
 
 FREE_PORT = "tcp://127.0.0.1:*"
 PATIENCE_S = 10.0
-_LIMITS = (zmq.SNDHWM, zmq.RCVHWM, zmq.MAXMSGSIZE, zmq.HANDSHAKE_IVL)
+_LIMITS = (zmq.SNDHWM, zmq.RCVHWM, zmq.MAXMSGSIZE, zmq.HANDSHAKE_IVL, zmq.TCP_MAXRT)
 
 
 class Inbox:
@@ -288,8 +288,8 @@ async def test_every_socket_has_limits(monkeypatch: pytest.MonkeyPatch, ends: En
         limits = [
             [int(str(socket.raw.getsockopt(option))) for option in _LIMITS] for socket in made
         ]
-    usual_limits = [10_000, 10_000, MAX_FRAME_BYTES, 10_000]
-    assert limits == [usual_limits, usual_limits, [10_000, 10_000, 1000, 10_000]]
+    usual_limits = [10_000, 10_000, MAX_FRAME_BYTES, 10_000, LOST_HOST_MS]
+    assert limits == [usual_limits, usual_limits, [10_000, 10_000, 1000, 10_000, LOST_HOST_MS]]
 
 
 async def test_who_sends_a_frame_that_is_too_long_is_hung_up_on(ends: Ends) -> None:

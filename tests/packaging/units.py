@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from scripts.host.env_files import parse_env
@@ -70,7 +71,13 @@ class Process:
     """One instance of a service, as its unit says it is to run."""
 
     def __init__(
-        self, installed: Installed, role: str, number: int, *, listener: socket.socket | None = None
+        self,
+        installed: Installed,
+        role: str,
+        number: int,
+        *,
+        listener: socket.socket | None = None,
+        popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
     ) -> None:
         unit = installed.unit(role)
         self.name = f"{role}-{number}"
@@ -91,14 +98,14 @@ class Process:
         before = [_deny_write_execute] if unit["MemoryDenyWriteExecute"] == ["yes"] else []
         before += [filter_of(unit["SystemCallFilter"])] if can_filter() else []
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = popen(
                 words,
                 cwd=installed.moved(unit["WorkingDirectory"][-1]),
                 env=environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[] if listener is None else [listener.fileno()],
-                preexec_fn=lambda: [each() for each in before],  # noqa: PLW1509
+                preexec_fn=lambda: [each() for each in before],
             )
 
     def _environ(self, installed: Installed, unit: Settings, number: int) -> dict[str, str]:

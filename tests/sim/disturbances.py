@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tests.sim.loop import virtual_loop
+
 if TYPE_CHECKING:
     from tests.sim.network import Pipe
 
@@ -93,3 +95,18 @@ class Flip(Chance):
             flipped[self.rng.randrange(len(flipped))] ^= 1 << self.rng.randrange(8)
             frames[index] = memoryview(flipped)
         return None
+
+
+@dataclass(eq=False)
+class Narrow(Disturbance):
+    """A link that carries so many bytes a second: messages leave it one after another."""
+
+    bytes_per_s: float = 1e6
+    free_at: float = 0.0
+
+    def on_send(self, frames: Frames) -> list[tuple[float, Frames]]:
+        self.num_struck += 1
+        now = virtual_loop().time()
+        num_bytes = sum(frame.nbytes for frame in frames)
+        self.free_at = max(self.free_at, now) + num_bytes / self.bytes_per_s
+        return [(self.free_at - now, frames)]

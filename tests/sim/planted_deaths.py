@@ -96,7 +96,7 @@ def who_waits_for_a_worker_is_not_told_when_one_comes() -> Any:
 @bug(partial(never_come, "lost"))
 def nobody_asks_after_blocks_that_do_not_come() -> Any:
     """A lost answer on a connection without heartbeats holds its request up for a minute."""
-    return replaced(Link, "is_waiting", False)
+    return replaced(Link, "num_waiting", 0)
 
 
 @bug(Live(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -252,6 +253,24 @@ def test_block_bytes_come_and_go_only_with_the_right_to_them(role: str) -> None:
             (GetBlocks(**step, indexes=[0] * 100_000),),
         ):
             assert await data.ask(message, *bulk) == "protocol_error", message
+        planes: dict[str, Any] = {**put, "encoding": "planes"}
+        assert await data.ask(PutBlocks(**planes, blocks=[block]), _BLOCK) == "stale"
+        several: dict[str, Any] = {**planes, "digests": []}
+        coded: list[tuple[Message, list[bytes]]] = [
+            (PutBlocks(**planes, blocks=[block]), [_BLOCK[:-1]]),
+            (PutBlocks(**planes, blocks=[block]), [b""]),
+            (PutBlocks(**planes, blocks=[block]), [_BLOCK * 2]),
+            (PutBlocks(**{**planes, "encoding": "int8"}, blocks=[block]), [_BLOCK[:-1]]),
+            (PutBlocks(**several, blocks=[block] * 2000), [_BLOCK] * 2000),  # to decode at once
+            (PutBlocks(**{**put, "encoding": "other"}, blocks=[block]), [_BLOCK]),
+            (GetBlocks(**step, indexes=[0] * 2000, encoding="planes"), []),
+        ]
+        for asked, given in coded:
+            assert await data.ask(asked, *given) == "protocol_error", asked
+        get = GetBlocks(**step, indexes=[0], encoding="planes")
+        assert await data.ask(get) == "stale"
+        with patch("services.kvstore.data.MAX_CODED", 0):
+            assert await data.ask(get) == "overloaded"
         assert await data.ask(Lease(num_blocks=1)) == "forbidden"
         assert await control.ask(GetBlocks(**step, indexes=[0])) == "forbidden"
 

@@ -14,7 +14,9 @@ from kvbaton.sampling import SamplingParams
 from services.gateway.backend import GenerationRequest, Targets
 from services.gateway.routing.stream import RequestStream
 from services.prefill.worker import PrefillRole
-from tests.sim.cluster import HEARTBEAT_S, Shape, SimCluster, output_of, simulate
+from tests.sim.cluster import DATA, HEARTBEAT_S, Shape, SimCluster, output_of, simulate
+from tests.sim.disturbances import Narrow
+from tests.sim.network import PipeTest
 from tests.sim.world import World
 
 
@@ -130,5 +132,53 @@ def test_predictions_of_an_idle_cluster_come_true() -> None:
                 ratios.append(actual_ms / expected.ttft_ms)
             late = sorted(ratios[10:])
             assert 0.9 < late[len(late) // 2] < 1.6, late
+
+    simulate(main())
+
+
+def narrow(world: World, bytes_per_s: float) -> list[Narrow]:
+    """Block bytes leave and reach the store by a link that carries so much each way."""
+
+    def carries(to_store: bool) -> PipeTest:
+        return lambda pipe: pipe.dealer.endpoint == DATA[0] and pipe.to_router == to_store
+
+    links = [Narrow(carries(to_store), bytes_per_s=bytes_per_s) for to_store in (True, False)]
+    for link in links:
+        world.network.begin(link)
+    return links
+
+
+def test_a_prompt_stays_where_it_is_needed_while_the_link_is_too_slow_for_its_kv() -> None:
+    async def main() -> None:
+        world = World(1)
+        shape = Shape(mover="zmq", num_blocks=4096, routing={"max_local_tokens": 64})
+        async with SimCluster(world, shape) as cluster:
+            numbers = iter(range(1000))
+
+            async def serve() -> RequestStream:
+                number = next(numbers)
+                prompt = prompt_of(number, 400)
+                stream = request(cluster, number, prompt)
+                assert await output_of(stream) == mock_output(prompt, 4)
+                await asyncio.sleep(HEARTBEAT_S)
+                return stream
+
+            fast = [await serve() for _ in range(4)]
+            links = narrow(world, 1e6)  # a prompt's 100 kB take 0.1 s, computing them 25 ms
+            slow = [await serve() for _ in range(12)]
+            for link in links:
+                assert link.num_struck
+                world.network.end(link)
+            await asyncio.sleep(300)  # what was measured is believed no more
+            again = [await serve() for _ in range(4)]
+            for stream in (*fast, *slow[-6:], *again):
+                assert stream.placement is not None
+                even = stream.placement.chosen.break_even
+                assert even is not None
+                is_slow = stream in slow
+                assert even.pays != is_slow, even
+                assert stream.placement.is_prefilled_by_decode == is_slow
+                assert ("takes longer" in stream.placement.reason) == is_slow
+            await cluster.settle()
 
     simulate(main())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from common.worker import runtime
 from tests.sim.farm import asked_for, farmed
 from tests.sim.faults import DISK_FAULTS, LINK_FAULTS, PROCESS_FAULTS
 from tests.sim.recovery import UNOPENED
@@ -74,6 +75,14 @@ def test_nothing_is_wrong_or_left_with_more_seeds(
     seed: int, mode: str, report_of: Callable[[int, str], Report]
 ) -> None:
     check(report_of(seed, mode))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_wrong_where_each_block_of_a_chunk_is_committed_by_itself(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "MESSAGE_BYTES", 1)
+    check(run_seed(seed))
 
 
 def test_the_seeds_met_every_fault_many_pairs_and_every_state_of_a_handoff() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from common.engine.linear import Linear
+from common.worker.mover import MESSAGE_BYTES
+from scripts.benchmarks.hosts import Done, residue_s
 from scripts.benchmarks.limits import by_shape, limit_parts, limits_of, weight_bytes
 from scripts.benchmarks.measure import alternate, collect
 from scripts.benchmarks.startup import Start, add_memory, read_marks
@@ -116,3 +118,14 @@ def test_memory_of_a_role_is_that_of_its_processes() -> None:
     assert 0 < one.memory["keeper"]["private"] <= one.memory["keeper"]["proportional"]
     assert one.memory["keeper"]["proportional"] <= one.memory["keeper"]["resident"]
     assert two.memory["keeper"] == {kind: 2 * size for kind, size in one.memory["keeper"].items()}
+
+
+def test_the_residue_is_what_the_links_have_not_carried_when_prefill_ends() -> None:
+    chunks = [Done(number + 1.0, 10 * MESSAGE_BYTES) for number in range(3)]
+    # Both links keep up: the last chunk is left, and behind its last message the second link.
+    assert residue_s(chunks, 100 * MESSAGE_BYTES, MESSAGE_BYTES) == pytest.approx(0.11)
+    assert residue_s(chunks, 100 * MESSAGE_BYTES, 10 * MESSAGE_BYTES) == pytest.approx(0.2)
+    # They take 2 s for what is computed in 1 s: 6 s and one message after the first chunk.
+    found = residue_s(chunks, 5 * MESSAGE_BYTES, MESSAGE_BYTES)
+    assert found == pytest.approx(1.0 + 6.0 + 0.2 - 3.0)
+    assert residue_s([], 1.0, 1) == 0.0

@@ -74,6 +74,7 @@ def test_a_host_that_is_well() -> None:
             ERROR, "memory", "need 120 MiB, 64 MiB are free", "remount",
         ),
         ({"arenas": (Arena("/x", 1, None),)}, ERROR, "memory", "/x is not there", "ARENA_DIR"),
+        ({"unknown": ("there is no setting X",)}, ERROR, "settings", "no setting X", "the name"),
         ({"num_files": 1024}, WARNING, "limits", "1024 open files", "ulimit -n"),
         ({"clock": Clock(False)}, WARNING, "clock", "set by nobody", "chrony"),
         ({"clock": Clock(True, 2.5)}, WARNING, "clock", "may be 2.5 s wrong", "chrony"),
@@ -134,6 +135,13 @@ def test_what_is_wrong_is_said_with_what_to_do(
     assert (finding.level, finding.subject) == (level, subject)
     assert words in finding.message
     assert remedy in finding.remedy
+
+
+def test_a_processor_without_bfloat16_products_is_well() -> None:
+    facts = dataclasses.replace(WELL, cpu_flags=frozenset({"avx2"}))
+    assert said(cpu_flags=facts.cpu_flags) == []
+    (processor,) = [each for each in findings(facts) if each.subject == "processor"]
+    assert "float32 would be no faster" in processor.message
 
 
 def test_a_host_without_workers_needs_no_engine() -> None:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.engine.work import Work
+from common.kv.planes import compress, decompress
 from scripts.model_files import CHAT_TEMPLATE
-from tests.unit.engine_models import GREEDY, make_engine, reference_greedy
+from tests.unit.engine_models import GREEDY, kv, make_engine, reference_greedy
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "demo"
 SNIPPET = '''def read(self, size=-1):
@@ -76,3 +77,17 @@ def test_the_chat_template_is_the_one_it_was_trained_with(tokenizer: Any) -> Non
         "<|system|>",
         "<|assistant|>",
     ]
+
+
+def test_kv_of_the_model_is_compressed_by_a_fifth_and_comes_back_bit_for_bit(
+    tokenizer: Any,
+) -> None:
+    tokens: list[int] = tokenizer.encode(SNIPPET * 4).ids[:64]
+    engine = make_engine(FOLDER, dtype="bfloat16")
+    slots = [3, 0, 2, 1]
+    engine.step_sync([Work(tokens, len(tokens), 0, len(tokens), slots, GREEDY)])
+    for slot in slots:
+        block = kv(engine)[slot].contiguous().view(torch.uint8).numpy().tobytes()
+        frame = compress(block)
+        assert len(frame) < 0.8 * len(block)
+        assert bytes(decompress(frame, len(block))) == block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.messages import WorkReport
-from kvbaton.explanation import Explanation
+from kvbaton.explanation import BreakEven, Explanation
 from services.gateway.backend import Timeline
 from services.gateway.observe.explain import explain, server_timing
+from services.gateway.routing import decision
 from services.gateway.routing.stream import RequestStream
 from tests.unit.explanations import START, at, begin, chunk, served, stream_of
 
@@ -68,6 +70,26 @@ def test_the_placement_is_told_with_what_else_there_was() -> None:
     assert placement.chosen.prefill_worker == "prefill.1"
     assert placement.chosen.ttft_ms == 20
     assert [each.ttft_ms for each in placement.alternatives] == [40]
+    assert b"break_even" not in msgspec.json.encode(placement)  # nothing moves
+
+
+def test_where_kv_moves_its_costs_are_told_beside_what_they_save() -> None:
+    even = decision.BreakEven(10_000, 1e6 / 3, 30.00004, 20.0, 25.0, pays=False)
+    stream = served()
+    attempt = next(iter(stream.timeline.attempts))
+    assert attempt.decision is not None
+    chosen = replace(attempt.decision.chosen, break_even=even)
+    attempt.decision = replace(attempt.decision, chosen=chosen)
+    (placement,) = told(stream).placements
+    assert placement.chosen.break_even == BreakEven(
+        num_bytes=10_000,
+        bytes_per_s=333_333,
+        transfer_ms=30.0,
+        residue_ms=20.0,
+        local_ms=25.0,
+        pays=False,
+    )
+    assert placement.alternatives[0].break_even is None
 
 
 def test_the_verdict_names_the_largest_share_before_and_after_the_first_token() -> None:

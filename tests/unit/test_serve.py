@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvbaton.protocol import Timings, Usage
+from scripts.cluster import serve
+from scripts.cluster.config_file import unknown_variables
+from scripts.cluster.identity import ROOT
 from scripts.cluster.options import Plan, parse_plan
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.sample import show_hints, timeline
@@ -52,6 +55,24 @@ def test_flags_become_settings_of_the_services() -> None:
         "KVBATON_LOG_LEVEL": "info",
     }
     assert sorted(plan.ports) == [5595, 5610, 5611, 5612, 5613, 8001]
+
+
+def test_a_variable_that_nothing_reads_is_refused_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVBATON_KV_BYTE", "1G")
+    assert serve.main(["--no-sample"]) == serve.EXIT_USAGE
+    words = "there is no setting KVBATON_KV_BYTE; did you mean KVBATON_KV_BYTES?"
+    assert capsys.readouterr().err == f"scripts/serve: {words}\n"
+
+
+def test_variables_of_any_service_and_of_the_scripts_are_known() -> None:
+    names = (ROOT / ".env.example").read_text().split("#KVBATON_")[1:]
+    written = {f"KVBATON_{name.partition('=')[0]}": "" for name in names}
+    assert len(written) > 10
+    others = dict.fromkeys(("KVBATON_CUDA", "KVBATON_TEST_MARKER", "KVBATON_TLS_CERT", "HOME"), "")
+    assert unknown_variables(written | others) == []
+    assert unknown_variables({"KVBATON_ZZZ": ""}) == ["there is no setting KVBATON_ZZZ"]
 
 
 @pytest.mark.parametrize(("threads", "decode"), [("1", 4), ("2", 2), ("3", 1), ("8", 1)])

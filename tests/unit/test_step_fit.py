@@ -8,7 +8,6 @@ import pytest
 
 from common.engine.work import Work
 from common.step_times import StepTimes, attended, mean
-from common.worker.pull_rate import PullRate
 from common.worker.step_fit import StepFit, StepFits
 from kvbaton.sampling import SamplingParams
 from tests.unit.sequences import sequence_of
@@ -94,15 +93,3 @@ def test_a_prompt_of_many_steps_pays_for_each() -> None:
     assert mean([times, StepTimes(base_ms=20, token_ms=3)]) == StepTimes(
         base_ms=15, token_ms=2, max_tokens=100
     )
-
-
-def test_the_rate_of_pulls_follows_the_latest() -> None:
-    rate = PullRate()
-    assert rate.bytes_per_s == 0.0
-    rate.add(0, 5.0)  # found all it wanted
-    assert rate.bytes_per_s == 0.0
-    rate.add(1000, 1.0)
-    assert rate.bytes_per_s == pytest.approx(1000)
-    for _ in range(50):
-        rate.add(1000, 2.0)
-    assert rate.bytes_per_s == pytest.approx(500, rel=0.02)

@@ -16,16 +16,15 @@ import torch
 from common.engine.attention.base import AttentionBackend, AttentionShape, Batch, Int32Array
 from common.engine.attention.gathered import GatheredAttention
 from common.engine.attention.xformers import XformersAttention
-from common.engine.config import ModelConfig, ModelError
+from common.engine.config import ModelError
 from common.engine.cuda.buckets import fits_a_graph
 from common.engine.cuda.graphs import CudaCapture, DecodeGraphs
 from common.engine.cuda.layers import make_device_layers
 from common.engine.cuda.memory import ArenaFollower
 from common.engine.cuda.residency import IntArray, PoolFullError, Step
-from common.engine.model import Model, StepInput
+from common.engine.model import Model, ModelPlan, StepInput
 from common.engine.runner import TorchEngine
 from common.engine.sampler import check_finite, is_plain
-from common.engine.weights import Checkpoint
 from common.engine.work import Sampled, Work
 
 log = structlog.get_logger()
@@ -91,28 +90,18 @@ class DeviceEngine(TorchEngine):
             raise ModelError("device 'cuda': torch finds no GPU here; use cpu")
         return torch.device(device)
 
-    def _make_model(
-        self,
-        attention: str,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        block_size: int,
-        *,
-        max_model_len: int,
-        batch_invariant: bool,
-        quantization: str,
-    ) -> Model:
-        shape = AttentionShape.of(config, block_size)
+    def _make_model(self, plan: ModelPlan) -> Model:
+        config = plan.config
+        shape = AttentionShape.of(config, plan.block_size)
         return Model(
             config,
-            checkpoint,
-            dtype,
+            plan.checkpoint,
+            plan.dtype,
             make_device_layers(config.rms_norm_eps, self._device),
-            self._make_attention(attention, shape, dtype),
-            max_model_len=max_model_len,
-            batch_invariant=batch_invariant,
-            quantization=quantization,
+            self._make_attention(plan.attention, shape, plan.dtype),
+            max_model_len=plan.max_model_len,
+            batch_invariant=plan.batch_invariant,
+            quantization=plan.quantization,
         )
 
     def _make_attention(

@@ -42,7 +42,7 @@ def load_library(threaded: bool) -> ctypes.CDLL | None:
         return compile_library(compiler, threaded=threaded)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        log.warning("native_kernels_unavailable", reason=reason, using="torch, slower at decode")
+        log.warning("native_kernels_unavailable", reason=reason, using="torch, slower")
         return None
 
 

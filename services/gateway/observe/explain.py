@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from kvbaton.explanation import Explanation, Option, Placement
+from kvbaton.explanation import BreakEven, Explanation, Option, Placement
 from kvbaton.traceparent import trace_id
 from services.gateway.backend import Timeline
 from services.gateway.observe.stages import chunks, moved, stages
@@ -114,4 +114,18 @@ def _option(option: decision.Option) -> Option:
         tpot_ms=round(option.tpot_ms, 3),
         num_cached_tokens=option.num_cached_tokens,
         meets_targets=option.meets_targets,
+        break_even=_break_even(option.break_even),
+    )
+
+
+def _break_even(found: decision.BreakEven | None) -> BreakEven | None:
+    if found is None:
+        return None
+    return BreakEven(
+        num_bytes=found.num_bytes,
+        bytes_per_s=round(found.bytes_per_s),
+        transfer_ms=round(found.transfer_ms, 3),
+        residue_ms=round(found.residue_ms, 3),
+        local_ms=round(found.local_ms, 3),
+        pays=found.pays,
     )

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from common.step_times import StepTimes
-from services.gateway.routing.estimates import GUESSED_BYTES_PER_S, Backlog
+from common.transfer_rate import GUESSED_BYTES_PER_S
+from services.gateway.routing.estimates import Backlog
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Candidate:
     prompt_steps: StepTimes | None = None
     token_steps: StepTimes | None = None
     moves: bool = False  # it has memory of its own, where blocks must come to
-    bytes_per_s: float = 0.0
+    bytes_per_s: float = 0.0  # at which they come; 0.0: not known
+    pushed_bytes_per_s: float = 0.0  # at which they go to the store
     num_held: int = 0  # of the request's cached tokens, those that are there
     tpot_limit_s: float = math.inf  # the strictest target of those that run there
     num_placed: int = 0  # ever, by this gateway: turns among equals

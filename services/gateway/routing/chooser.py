@@ -26,7 +26,8 @@ _MAX_SESSIONS = 4096
 class Routing:
     """How requests are placed. `targets` are those of requests that name none. With `refuses_late`
     one is not taken if its target for the first token cannot be met. A decode worker computes up
-    to `max_local_tokens` of a prompt itself where that is sooner."""
+    to `max_local_tokens` of a prompt itself where that is sooner and, unless they are 0, any number
+    where moving their KV would take longer."""
 
     mode: str = "disaggregated"
     targets: Targets = Targets()

@@ -15,7 +15,6 @@ from common.step_times import StepTimes, attended, due_at, mean
 # Before anybody has computed anything. Small, so that nobody is refused for it.
 GUESSED_PROMPT_STEPS = StepTimes(base_ms=1.0, token_ms=0.02)
 GUESSED_TOKEN_STEPS = StepTimes(base_ms=1.0, token_ms=0.1)
-GUESSED_BYTES_PER_S = 1e9  # of blocks over loopback
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -29,8 +28,7 @@ class _Job:
 
     def step_s(self, times: StepTimes) -> float:
         """One of its steps."""
-        num_steps = -(-self.num_tokens // (times.max_tokens or self.num_tokens or 1))
-        return self.seconds(times) / max(1, num_steps)
+        return self.seconds(times) / max(1, times.num_steps(self.num_tokens))
 
     def part_s(self, times: StepTimes, room: int) -> float:
         """So many of its tokens in another's step, or all that it has."""

@@ -78,6 +78,7 @@ class Worker:
             token_steps=load.token_steps,
             moves=self.moves(store),
             bytes_per_s=load.pulled_bytes_per_s,
+            pushed_bytes_per_s=load.pushed_bytes_per_s,
             num_held=num_held,
             tpot_limit_s=min((each.tpot_target_s for each in assigned), default=math.inf),
             num_placed=self.num_placed,

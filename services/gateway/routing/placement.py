@@ -6,7 +6,8 @@ cached blocks that it has no copy of, and the computing of the rest; each later 
 the decode worker with this request in its batch. Of the pairs that meet the request's targets the
 one with the least work is taken, so that what is loaded is spared; if none does, or it has no
 targets, the one that serves it soonest and delays others least. A decode worker pairs with itself
-where it may compute the prompt too. (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
+where it may compute the prompt too: a short one, or one whose KV would take longer to move
+(break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
 al., 2025.)
 """
 
@@ -21,8 +22,9 @@ from heapq import nsmallest
 from typing import Generic, TypeVar
 
 from common.step_times import attended
+from services.gateway.routing.break_even import Move, expected_move
 from services.gateway.routing.candidates import Candidate, Wanted
-from services.gateway.routing.decision import MAX_ALTERNATIVES, Decision, Option
+from services.gateway.routing.decision import MAX_ALTERNATIVES, BreakEven, Decision, Option
 from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOKEN_STEPS, resolved
 
 _MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
@@ -50,6 +52,7 @@ class _FirstToken:
     queue_s: float
     transfer_s: float
     compute_s: float
+    num_steps: int  # in which it is computed
     delays_s: float  # of prompts behind it, in sum
 
     @property
@@ -57,20 +60,15 @@ class _FirstToken:
         return self.queue_s + self.transfer_s + self.compute_s
 
 
-@dataclass(frozen=True, slots=True)
-class _LaterTokens:
-    """What later ones take at a decode worker, to which the prompt's blocks come in `moved_s`."""
-
-    tpot_s: float
-    moved_s: float
-
-
 @dataclass(slots=True)
 class _Pair(Generic[C]):
+    """`move` is what the pair has to move or, where decode computes the prompt, what is spared."""
+
     prefill: C
     decode: C
     first: _FirstToken
-    later: _LaterTokens
+    tpot_s: float
+    move: Move
     meets: bool
     rank: tuple[float, ...]  # the least is the best
 
@@ -98,7 +96,8 @@ def choose(
     max_local_tokens: int | None,
 ) -> Choice[C]:
     """The best pair of workers. A decode worker may compute up to `max_local_tokens` of a prompt
-    itself; with None it computes any, as it does where there are no prefill workers."""
+    itself and, unless those are 0, any number where moving them does not pay; with None it computes
+    any, as it does where there are no prefill workers."""
     judge = _Judge(wanted, prefills, decodes, now)
     pairs = list(judge.pairs(max_local_tokens))
     best, *others = nsmallest(MAX_ALTERNATIVES + 1, pairs, key=lambda pair: pair.rank)
@@ -125,24 +124,37 @@ class _Judge(Generic[C]):
         self._prompt_steps = [each.prompt_steps for each in (*prefills, *decodes)]
         self._token_steps = [each.token_steps for each in decodes]
         firsts = [(each, self._first_token(each)) for each in prefills]
-        laters = [(each, self._later_tokens(each)) for each in decodes]
+        laters = [(each, self._tpot_s(each)) for each in decodes]
         self._prefills = _best(firsts, lambda pair: pair[1].total_s)
-        self._decodes = _best(laters, lambda pair: (pair[0].is_full, pair[1].tpot_s))
+        self._decodes = _best(laters, lambda pair: (pair[0].is_full, pair[1]))
 
     def pairs(self, max_local_tokens: int | None) -> Iterator[_Pair[C]]:
         """All that are worth considering; at least one."""
-        for prefill, first in self._prefills:
-            for decode, later in self._decodes:
-                yield self._pair(prefill, decode, first, later)
-        soonest_s = min((first.total_s for _, first in self._prefills), default=math.inf)
         num_tokens = self._wanted.num_tokens - self._wanted.num_cached
-        if max_local_tokens is None or num_tokens <= max_local_tokens:
-            for decode, later in self._decodes:
-                local = self._first_token(decode)
-                if max_local_tokens is not None:
-                    local = _between_tokens(decode, local, later)
-                if max_local_tokens is None or _may(decode, local, later, soonest_s):
-                    yield self._pair(decode, decode, local, replace(later, moved_s=0.0))
+        soonest_s = min((first.total_s for _, first in self._prefills), default=math.inf)
+        for decode, tpot_s in self._decodes:
+            local = self._first_token(decode)
+            if max_local_tokens is None:
+                yield self._pair(decode, decode, local, tpot_s, Move())
+                continue
+            local = _between_tokens(decode, local, tpot_s)
+            ready_s, spared = math.inf, Move()
+            for prefill, first in self._prefills:
+                move = expected_move(
+                    prefill,
+                    decode,
+                    self._wanted,
+                    compute_s=first.compute_s,
+                    num_chunks=first.num_steps,
+                    local_s=local.transfer_s + local.compute_s,
+                )
+                if first.total_s + move.residue_s < ready_s:
+                    ready_s, spared = first.total_s + move.residue_s, move
+                yield self._pair(prefill, decode, first, tpot_s, move)
+            if spared.pays:
+                ready_s = soonest_s if num_tokens <= max_local_tokens else 0.0
+            if max_local_tokens and _may(decode, local, tpot_s, ready_s):
+                yield self._pair(decode, decode, local, tpot_s, spared)
 
     def _first_token(self, worker: C) -> _FirstToken:
         wanted = self._wanted
@@ -154,57 +166,62 @@ class _Judge(Generic[C]):
             queue_s=ahead_s + worker.others_s,
             transfer_s=worker.transfer_s(wanted.num_cached, wanted.token_bytes),
             compute_s=compute_s,
+            num_steps=times.num_steps(num_tokens),
             delays_s=num_behind * compute_s,
         )
 
-    def _later_tokens(self, decode: C) -> _LaterTokens:
+    def _tpot_s(self, decode: C) -> float:
         wanted = self._wanted
         times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
         num_sequences = min(decode.num_sequences + 1, decode.max_num_seqs)
-        return _LaterTokens(
-            tpot_s=times.step_s(num_sequences, decode.num_context_tokens + wanted.num_tokens),
-            moved_s=decode.transfer_s(wanted.num_tokens, wanted.token_bytes),
-        )
+        return times.step_s(num_sequences, decode.num_context_tokens + wanted.num_tokens)
 
-    def _pair(self, prefill: C, decode: C, first: _FirstToken, later: _LaterTokens) -> _Pair[C]:
+    def _pair(
+        self, prefill: C, decode: C, first: _FirstToken, tpot_s: float, move: Move
+    ) -> _Pair[C]:
         wanted = self._wanted
-        ttft_s, answer_s = first.total_s, later.tpot_s * wanted.num_answer_tokens
+        ttft_s, answer_s = first.total_s, tpot_s * wanted.num_answer_tokens
+        moved = Move() if prefill is decode else move
         meets = (
             not decode.is_full
             and wanted.waited_s + ttft_s <= self._ttft_limit_s
-            and later.tpot_s <= self._tpot_limit_s
+            and tpot_s <= self._tpot_limit_s
         )
         if meets and self._has_targets:
-            score_s = first.transfer_s + first.compute_s + later.moved_s + answer_s
+            score_s = first.transfer_s + first.compute_s + moved.transfer_s + answer_s
         else:  # decode fetches what is computed while the rest is
-            score_s = ttft_s + max(0.0, later.moved_s - first.compute_s) + answer_s + first.delays_s
+            late_s = max(0.0, moved.transfer_s - first.compute_s)
+            score_s = ttft_s + late_s + answer_s + first.delays_s
         if wanted.session:
             score_s *= 1 - _SESSION_BONUS * len({prefill.name, decode.name} & set(wanted.session))
         turn = (prefill.num_placed, decode.num_placed)
         rank = (decode.crowding, not meets, _rough(score_s), *turn)
-        return _Pair(prefill, decode, first, later, meets, rank)
+        return _Pair(prefill, decode, first, tpot_s, move, meets, rank)
 
 
-def _between_tokens(decode: C, first: _FirstToken, later: _LaterTokens) -> _FirstToken:
+def _between_tokens(decode: C, first: _FirstToken, tpot_s: float) -> _FirstToken:
     """A prompt that is computed in the steps that give others their tokens: it waits for the
     running one to end."""
-    running_s = later.tpot_s if decode.num_sequences else 0.0
+    running_s = tpot_s if decode.num_sequences else 0.0
     return replace(
-        first, queue_s=first.queue_s + running_s / 2, compute_s=first.compute_s + running_s
+        first,
+        queue_s=first.queue_s + running_s / 2,
+        compute_s=first.compute_s + first.num_steps * running_s,
     )
 
 
-def _may(decode: C, local: _FirstToken, later: _LaterTokens, soonest_s: float) -> bool:
-    """Whether the prompt's first token comes sooner than by a prefill worker, and those that run
-    here keep to their targets or, without any, lose less by it than the request gains."""
-    gain_s = soonest_s - local.total_s
-    if gain_s <= _EQUAL * soonest_s or decode.is_full:
+def _may(decode: C, local: _FirstToken, tpot_s: float, ready_s: float) -> bool:
+    """Whether the prompt is computed sooner than in `ready_s`, when its first token would come from
+    a prefill worker or, where moving does not pay, its KV be here, and those that run here keep to
+    their targets or, without any, lose less by it than the request gains."""
+    gain_s = ready_s - local.total_s
+    if gain_s <= _EQUAL * ready_s or decode.is_full:
         return False
     if decode.num_sequences == 0:
         return True
     if math.isfinite(decode.tpot_limit_s):
-        return local.compute_s <= decode.tpot_limit_s
-    return decode.num_sequences * (local.compute_s - later.tpot_s) <= gain_s
+        return local.compute_s <= local.num_steps * decode.tpot_limit_s
+    return decode.num_sequences * (local.compute_s - local.num_steps * tpot_s) <= gain_s
 
 
 def _option(wanted: Wanted, pair: _Pair[C]) -> Option:
@@ -215,9 +232,23 @@ def _option(wanted: Wanted, pair: _Pair[C]) -> Option:
         queue_ms=pair.first.queue_s * 1000,
         transfer_ms=pair.first.transfer_s * 1000,
         compute_ms=pair.first.compute_s * 1000,
-        tpot_ms=pair.later.tpot_s * 1000,
+        tpot_ms=pair.tpot_s * 1000,
         num_cached_tokens=wanted.num_cached,
         meets_targets=pair.meets,
+        break_even=_break_even(pair.move),
+    )
+
+
+def _break_even(move: Move) -> BreakEven | None:
+    if not move.num_bytes:
+        return None
+    return BreakEven(
+        num_bytes=move.num_bytes,
+        bytes_per_s=move.bytes_per_s,
+        transfer_ms=move.transfer_s * 1000,
+        residue_ms=move.residue_s * 1000,
+        local_ms=move.local_s * 1000,
+        pays=move.pays,
     )
 
 
@@ -232,13 +263,22 @@ def _rough(seconds: float) -> int:
 
 def _reason(wanted: Wanted, best: _Pair[C], pairs: Sequence[_Pair[C]]) -> str:
     """Why this pair was chosen, for people."""
-    others = [pair.first.total_s for pair in pairs if pair.prefill is not pair.decode]
+    others = [
+        pair.first.total_s + (0.0 if best.move.pays else pair.move.residue_s)
+        for pair in pairs
+        if pair.prefill is not pair.decode and pair.decode is best.decode
+    ]
     if best.decode.is_full:
         why = "every decode worker is full"
     elif best.prefill is best.decode and others:
         gain_ms = (min(others) - best.first.total_s) * 1000
         num_tokens = wanted.num_tokens - wanted.num_cached
         why = f"it computes the {num_tokens} uncached tokens itself, {gain_ms:.1f} ms sooner"
+        if not best.move.pays:
+            why += (
+                f": to move {best.move.num_bytes:,} bytes at {best.move.bytes_per_s:,.0f} a second "
+                f"takes longer ({best.move.transfer_s * 1000:.1f} ms) than to compute them"
+            )
     elif len(pairs) == 1:
         why = "there is no other"
     elif not (wanted.ttft_target_s or wanted.tpot_target_s):
