@@ -100,15 +100,15 @@ def _add_times(report: Report, folder: Path, context: int, options: argparse.Nam
     for what in dict.fromkeys(what for what, _ in parts):
         plain = seconds[what, _PLAIN]
         figures = {_PLAIN: spread(plain)}
-        cells = [spread(plain).text(1e3)]
+        cells = [f"{spread(plain).median * 1e3:.1f}"]
         for name in options.variants:
             ratio = spread(new / old for old, new in zip(plain, seconds[what, name], strict=True))
             figures |= {name: spread(seconds[what, name]), f"{name} ratio": ratio}
-            cells += [f"{spread(seconds[what, name]).median * 1e3:.1f}", ratio.text(digits=2)]
+            cells.append(ratio.text(digits=2))
         report.figures[what] = figures
         rows.append((what, *cells))
-    columns = [column for name in options.variants for column in (name, "ratio")]
-    report.table("Milliseconds; int8 for", ("", _PLAIN, *columns), rows)
+    columns = (f"{_PLAIN}, ms", *options.variants)
+    report.table("Milliseconds, and the ratio to them with int8 for", ("", *columns), rows)
 
 
 def _add_quality(report: Report, variants: Sequence[str], most: int | None) -> None:
