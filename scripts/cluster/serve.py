@@ -106,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     num_cores = len(os.sched_getaffinity(0))
     try:
-        plan = parse_plan(arguments, os.environ, _env_file(), num_cores)
-        if wrong := unknown_variables(plan.environ):
+        file = _env_file()
+        plan = parse_plan(arguments, os.environ, file, num_cores)
+        if wrong := unknown_variables({**file, **os.environ}):
             raise ClusterError("; ".join(wrong))
         if path := plan.environ.get(CONFIG_VARIABLE):
             check_file(Path(path))
