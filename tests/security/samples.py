@@ -29,6 +29,7 @@ _PATTERNS = {
     "^[0-9a-f]{32}$": ["0" * 32, "e" * 32, "0123456789abcdef0123456789abcdef"],
     "^(gateway|prefill|decode)$": ["gateway", "prefill", "decode"],
     "^(auto|shm|zmq)$": ["auto", "shm", "zmq"],
+    "^(|planes|int8)$": ["", "planes", "int8"],
     LOG_LEVEL_PATTERN: ["debug", "info", "warning", "error"],
     "^(bfloat16|float16|float32|uint8|int8)$": ["bfloat16", "float16", "float32", "uint8", "int8"],
     TRACEPARENT: ["", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
