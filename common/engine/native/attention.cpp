@@ -64,10 +64,7 @@ extern "C" void kvbaton_attend(const Problem* problem, void* queries, void* keys
     (void)threads;
 #endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    with_type(bfloat16, [&](auto* queries, auto* out) {
-        if (int8_kv)
-            attend(*problem, queries, static_cast<int8_t*>(keys), out);
-        else
-            attend(*problem, queries, static_cast<decltype(queries)>(keys), out);
-    }, queries, out);
+    with_types(bfloat16, int8_kv, [&](auto* keys, auto* queries, auto* out) {
+        attend(*problem, queries, keys, out);
+    }, keys, queries, out);
 }

@@ -144,10 +144,9 @@ class PanelTile {
             sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
                         nearby(), 0, &scores[s], PANEL_SPAN);
         for (int r = first; r < first + count; r++) {
-            const int64_t row_seen = position + r / groups + 1 - begin;
-            const int low = int(std::max<int64_t>(window ? row_seen - window : 0, 0));
-            soften(&scores[(r - first) * PANEL_SPAN], &weights[(r - first) * weight_width], low,
-                   int(std::clamp<int64_t>(row_seen, 0, PANEL_SPAN)), seen, scale, running[r]);
+            const int64_t end_seen = position + r / groups + 1 - begin;
+            soften<PANEL_SPAN>(&scores[(r - first) * PANEL_SPAN], &weights[(r - first) * weight_width],
+                               end_seen, window, seen, scale, running[r]);
         }
         const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
         alignas(64) float part[TILE_ROWS * PANEL];

@@ -270,12 +270,11 @@ class RowTile {
             });
         });
         for (int row = 0; row < rows; row++) {
-            const int64_t seen = position + row / groups + 1 - begin;
-            const int low = int(std::max<int64_t>(window ? seen - window : 0, 0));
+            const int64_t end_seen = position + row / groups + 1 - begin;
             float* const line = &scores[size_t(row) * SPAN];
             O* const softened = &weights[size_t(row) * SPAN];
             scales.apply_to_scores(line);
-            soften(line, softened, low, int(std::clamp<int64_t>(seen, 0, SPAN)), SPAN, scale, running[row]);
+            soften<SPAN>(line, softened, end_seen, window, SPAN, scale, running[row]);
             scales.apply_to_weights(softened);
         }
         each([&](auto r, int row) {

@@ -183,12 +183,9 @@ extern "C" int64_t kvbaton_depth(int32_t bytes_each) { return DEPTH<int8_t> / by
 // Adds all layers to the residual stream x [rows, hidden] and writes the rows' keys and values.
 extern "C" void kvbaton_forward(const Model* model, const Step* step, void* keys, void* x,
                                 int32_t bfloat16, int32_t int8_kv, int32_t threads) {
-    with_type(bfloat16, [&](auto* x) {
-        if (int8_kv)
-            forward(*model, *step, static_cast<int8_t*>(keys), x, threads);
-        else
-            forward(*model, *step, static_cast<decltype(x)>(keys), x, threads);
-    }, x);
+    with_types(bfloat16, int8_kv, [&](auto* keys, auto* x) {
+        forward(*model, *step, keys, x, threads);
+    }, keys, x);
 }
 
 // Logits [count, p.head.out] of these rows of x.

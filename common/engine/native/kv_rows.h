@@ -12,6 +12,17 @@
 template <typename K>
 constexpr bool HAS_SCALES = std::is_same_v<K, int8_t>;
 
+// Calls part with what the cache holds and the other arguments as pointers to their numbers.
+template <typename F, typename... Pointers>
+void with_types(int32_t bfloat16, int32_t int8_kv, F&& part, void* kept, Pointers... pointers) {
+    with_type(bfloat16, [&](auto* numbers, auto*... others) {
+        if (int8_kv)
+            part(static_cast<int8_t*>(kept), others...);
+        else
+            part(numbers, others...);
+    }, kept, pointers...);
+}
+
 // Elements from a row of `dim` numbers to the next.
 template <typename K>
 constexpr int64_t row_stride(int64_t dim) {

@@ -39,15 +39,9 @@ extern "C" void kvbaton_place(const Placement* placement, void* qkv, void* norm,
                               int32_t threads) {
     const Placement& p = *placement;
     const int64_t width = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
-    with_type(bfloat16, [&](auto* qkv, auto* norm, auto* cos, auto* sin) {
-        const auto place = [&](auto* kept) {
-            with_threads(rows, width, threads, [&](int64_t row) {
-                place_row(p, qkv, norm, cos + row * p.head_dim, sin + row * p.head_dim, kept, row);
-            });
-        };
-        if (int8_kv)
-            place(static_cast<int8_t*>(keys));
-        else
-            place(static_cast<decltype(qkv)>(keys));
-    }, qkv, norm, cos, sin);
+    with_types(bfloat16, int8_kv, [&](auto* keys, auto* qkv, auto* norm, auto* cos, auto* sin) {
+        with_threads(rows, width, threads, [&](int64_t row) {
+            place_row(p, qkv, norm, cos + row * p.head_dim, sin + row * p.head_dim, keys, row);
+        });
+    }, keys, qkv, norm, cos, sin);
 }

@@ -12,10 +12,13 @@ struct Running {
     float top = UNSEEN, total = 0.0f, shrink = 1.0f;
 };
 
-// A line of scores becomes weights: 0 but for places [low, high), up to `count`, which is rounded up
-// to whole vectors. `scale` has the factor that turns exp2 into exp. The line is worked in.
-template <typename O>
-void soften(float* line, O* weights, int low, int high, int count, float scale, Running& row) {
+// A line of scores of a span of N positions becomes weights: 0 but for those that the row sees, which
+// are the `window` last before place `end` of the span (all, if it is 0); up to `count`, which is rounded
+// up to whole vectors. `scale` has the factor that turns exp2 into exp. The line is worked in.
+template <int N, typename O>
+void soften(float* line, O* weights, int64_t end, int window, int count, float scale, Running& row) {
+    const int low = int(std::max<int64_t>(window ? end - window : 0, 0));
+    const int high = int(std::clamp<int64_t>(end, 0, N));
     WideInt lanes;
     for (int i = 0; i < WIDE; i++) lanes[i] = i;
     WideVec tops = WideVec{} + row.top, sum = {};

@@ -50,4 +50,3 @@ INSTANTIATE(BFloat16, Operand<BFloat16>)
 #if BFLOAT16_PRODUCTS
 INSTANTIATE(int8_t, BFloat16)
 #endif
-

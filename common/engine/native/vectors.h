@@ -6,9 +6,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#endif
 
-#if defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
