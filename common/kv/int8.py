@@ -11,8 +11,6 @@ the numbers. One of the block's own size is the block itself.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from common.kv.layout import KvLayout
@@ -20,8 +18,6 @@ from kvbaton.errors import ProtocolError
 
 _STEPS = 127
 _SCALE_BYTES = 4
-
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def quantize(block: bytes | memoryview, layout: KvLayout) -> bytes | memoryview:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.config import ENV_PREFIX, ConfigError, find_settings, settings_of
 from common.config_file import ConfigFile, ConfigFileError, nearest
 from scripts.cluster.ports import ClusterError
 
 CONFIG_VARIABLE = "KVBATON_CONFIG"
-_PREFIX = "KVBATON_"
 # Variables, without the prefix, that are no setting of a service: read by those who set up, start
 # or test them.
 _OF_SCRIPTS = {
@@ -35,13 +35,13 @@ def with_file(role: str, environ: Mapping[str, str]) -> dict[str, str]:
     values = {key: given.value for key, given in said.items()}
     if _HTTP_PORT in to_gateway:
         values[_HTTP_PORT] = to_gateway[_HTTP_PORT].value
-    return {f"KVBATON_{key.upper()}": _text(value) for key, value in values.items()} | {**environ}
+    return {f"{ENV_PREFIX}{key.upper()}": _text(value) for key, value in values.items()} | {
+        **environ
+    }
 
 
 def check_file(path: Path) -> None:
     """Look at all that a file says, to whichever service. Raises ClusterError."""
-    from common.config import ConfigError, find_settings, settings_of
-
     try:
         file = ConfigFile(path)
         for role, cls in _classes().items():
@@ -53,14 +53,14 @@ def check_file(path: Path) -> None:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """What is to be said of each variable with our prefix that nothing here would read."""
-    ours = sorted(name for name in environ if name.startswith(_PREFIX))
+    ours = sorted(name for name in environ if name.startswith(ENV_PREFIX))
     if not ours:
         return []
     settings = {field.name for cls in _classes().values() for field in dataclasses.fields(cls)}
     known = {name.upper() for name in settings} | _OF_SCRIPTS
-    bare = [name.removeprefix(_PREFIX) for name in ours]
+    bare = [name.removeprefix(ENV_PREFIX) for name in ours]
     return [
-        f"there is no setting {_PREFIX}{name}{nearest(name, known, _PREFIX)}"
+        f"there is no setting {ENV_PREFIX}{name}{nearest(name, known, ENV_PREFIX)}"
         for name in bare
         if name not in known and not name.startswith(_OF_TESTS)
     ]

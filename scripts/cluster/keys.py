@@ -5,18 +5,16 @@ The folder appears whole or not at all, also when several processes make it at o
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from common.locks import locked
 from common.net.access import PUBLIC_FILE, SERVICES, ClientEntry, PublicKeys, read_public_keys
 from kvbaton.keys import ADMIN, CLIENT, ClientKey, KeyPair, key_file_name
 from scripts.cluster.ports import ClusterError
@@ -69,7 +67,7 @@ def add_client(folder: Path, name: str, tenant: str) -> Path:
             raise ClusterError(f"{field} must be 1 to 64 {allowed}, got {text!r}")
     if not (folder / PUBLIC_FILE).exists():
         raise ClusterError(f"there are no keys in {folder}: make them first, without --client")
-    with _locked(folder):
+    with locked(folder):
         public = read_public_keys(folder)
         if any(client.name == name for client in public.clients):
             raise ClusterError(f"client {name!r} has a key already, in {client_file(folder, name)}")
@@ -102,13 +100,3 @@ def _write(path: Path, content: msgspec.Struct, mode: int = 0o600) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from types import ModuleType
 
+from common.kv.encodings import INT8, PLANES, decode, encode
 from common.kv.integrity import block_digest
 from common.kv.layout import KvLayout
 from common.messages import (
@@ -37,7 +37,7 @@ from services.kvstore.members import Members
 
 MAX_BYTES_ASKED = 4 * 1024 * 1024  # in one message, or for one block if that is more
 MAX_CODED = 32  # messages of one peer that are decoded or encoded at once
-ENCODINGS = ["planes", "int8"]
+ENCODINGS = [PLANES, INT8]
 
 
 class DataServer:
@@ -129,7 +129,7 @@ class DataServer:
         try:
             if isinstance(message, PutBlocks):
                 self._check_num_blocks(len(bulk))
-                blocks = await self._aside(_codec().decode, message.encoding, bulk, self._layout)
+                blocks = await self._aside(decode, message.encoding, bulk, self._layout)
                 self._check_member(member)  # it may be gone by now, its handoff over
                 answer = self._put(member.member_id, message, blocks)
             else:
@@ -148,14 +148,12 @@ class DataServer:
     ) -> tuple[BlockBytes, Sequence[bytes | memoryview]]:
         """The answer, with frames of blocks as they were when they were asked for. Where those that
         are read from them are others, they get digests of their own, if those here are sound."""
-        codec, encoding, layout = _codec(), message.encoding, self._layout
+        encoding, layout = message.encoding, self._layout
         answer, blocks = self._get(worker_id, message)
-        names = self._names(worker_id, message)
-        frames: Sequence[bytes | memoryview] = await self._aside(
-            codec.encode, encoding, blocks, layout
-        )
-        if encoding == codec.INT8:
-            read = await self._aside(codec.decode, encoding, frames, layout)
+        names = self._names(worker_id, message) if encoding == INT8 else []
+        frames: Sequence[bytes | memoryview] = await self._aside(encode, encoding, blocks, layout)
+        if encoding == INT8:
+            read = await self._aside(decode, encoding, frames, layout)
             answer.digests = [
                 block_digest(*name, now) if block_digest(*name, block) == digest else digest
                 for name, block, digest, now in zip(
@@ -234,10 +232,3 @@ class DataServer:
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
-
-
-def _codec() -> ModuleType:
-    """Loaded, and with it numpy, once somebody uses it."""
-    from common.kv import encodings
-
-    return encodings

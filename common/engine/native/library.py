@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -11,12 +10,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
+
+from common.locks import locked
 
 log = structlog.get_logger()
 
@@ -58,21 +57,10 @@ def compile_library(
     flags = _FLAGS + flags
     path = folder / f"native-{_key(compiler, flags)}{'.threaded' if threaded else ''}.so"
     if not path.exists():
-        with _alone(folder):
+        with locked(folder):
             if not path.exists():
                 _build(path, [compiler, *flags, *(("-fopenmp",) if threaded else ())])
     return ctypes.CDLL(str(path))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is here with the same folder; one that dies is here no more."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _build(path: Path, command: list[str]) -> None:
