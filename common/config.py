@@ -32,6 +32,7 @@ class ConfigError(StartError):
 KEYS_HELP = "folder of this process's key and public.json, made by scripts/keygen"
 INSECURE_HELP = "no keys and no encryption; on loopback alone"
 ADVERTISE_HELP = "host, or tcp://HOST:PORT, where others reach what is bound; as bound unless given"
+NIXL_HELP = "network devices that NIXL may use, comma-separated: all on them must be trusted"
 
 
 def setting(default: Any, help_text: str, *, low: float | None = None, choices: str = "") -> Any:

@@ -24,6 +24,7 @@ TABLES = tuple(dict.fromkeys(name for names in TABLES_OF.values() for name in na
 # Settings that services of several kinds have, with one meaning for all processes of a host.
 COMMON = (
     "model", "stores", "keys", "insecure", "advertise", "drain_s", "metrics_host", "log_level",
+    "nixl_devices",
 )  # fmt: skip
 
 _TABLE = re.compile(r"\s*\[\s*([\w-]+)\s*\]")

@@ -19,6 +19,7 @@ from common.files import LiveFiles
 from common.kv.arena import LiveDisk
 from common.log import configure_logging
 from common.net.access import Access
+from common.net.nixl import Agent, load_agent
 from common.net.transport import Transport
 from common.net.zmq_transport import ZmqTransport
 from common.notify import Notifier
@@ -49,6 +50,7 @@ class Seams:
     pid: int
     notifier: Notifier = field(default_factory=Notifier)  # tells who started us how we are
     aside: Aside = asyncio.to_thread  # runs arithmetic beside the event loop
+    nixl: Callable[[str, str], Agent] = load_agent  # by name and devices, where settings ask for it
 
 
 class Tasks:

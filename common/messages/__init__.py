@@ -59,6 +59,7 @@ from common.messages.handoffs import (
     Lease,
     Leased,
     Members,
+    OfferMemory,
     OpenHandoff,
     PutBlocks,
     Quit,
@@ -123,6 +124,7 @@ __all__ = [
     "MemberId",
     "Members",
     "Message",
+    "OfferMemory",
     "Ok",
     "OpenHandoff",
     "OutputToken",
@@ -156,7 +158,7 @@ __all__ = [
 ToStore = (
     Hello | Heartbeat | Leave | Stopped | OpenHandoff | AbortHandoff | Fill | Commit | Seal | Claim
     | Release | Suspend | Yield | Quit | Lease | GiveBack | PutBlocks | GetBlocks | Discard
-    | AskAudit | AskWhy | AskStatus | DropCache | Holdings | SetLogLevel
+    | OfferMemory | AskAudit | AskWhy | AskStatus | DropCache | Holdings | SetLogLevel
 )  # fmt: skip
 FromStore = (
     Welcome | Failed | Ok | HandoffOpened | Granted | Leased | BlockBytes | Filled | Sealed

@@ -104,7 +104,8 @@ class Hello(Message, tag="hello"):
 
 class Welcome(Message, tag="welcome"):
     """The answer to hello. `instance_id` changes when the one that answers restarts. `encodings`:
-    how block bytes may come and go beside as they are, from a store's data socket."""
+    how block bytes may come and go beside as they are, from a store's data socket. `nixl`: whether
+    it takes offers of memory there."""
 
     instance_id: str
     heartbeat_s: float = 0.5
@@ -114,6 +115,7 @@ class Welcome(Message, tag="welcome"):
     host_id: str = ""
     num_blocks: int = 0
     encodings: list[RequestName] = []
+    nixl: bool = False
 
 
 class Failed(Message, tag="failed"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from common.messages.base import (
     Block,
     Count,
@@ -15,6 +19,8 @@ from common.messages.base import (
     TokenId,
     Traceparent,
 )
+
+MAX_METADATA_BYTES = 64 * 1024
 
 # ---- to the store -------------------------------------------------------------------------------
 
@@ -115,21 +121,34 @@ class GiveBack(Message, tag="give_back"):
 class PutBlocks(_HandoffStep, tag="put"):
     """Bytes of blocks from `first_index` on, one frame each, for an arena the sender cannot map.
     Answered by ok. `digests` are those of common/kv/integrity.py, of the blocks once they are
-    decoded; `keys` as in `commit`; `encoding` is one of common/kv/encodings.py."""
+    decoded; `keys` as in `commit`; `encoding` is one of common/kv/encodings.py. With `offset` they
+    lie there in the memory that the sender has offered, one after another, and no frames come."""
 
     first_index: Count
     blocks: list[Block]
     digests: list[Key]
     keys: list[Key] = []
     encoding: Encoding = ""
+    offset: Count | None = None
 
 
 class GetBlocks(_HandoffStep, tag="get"):
     """Ask for the bytes of blocks of the handoff, by their places in its table. Answered by
-    BlockBytes and frames, which may have this `encoding`."""
+    BlockBytes and frames, which may have this `encoding`. With `offset` they are wanted there in
+    the memory that the sender has offered, one after another."""
 
     indexes: list[Count]
     encoding: Encoding = ""
+    offset: Count | None = None
+
+
+class OfferMemory(Message, tag="offer"):
+    """Worker: `num_bytes` from `address` on are open to the store, by NIXL, to who has `metadata`
+    of our agent (common/net/nixl.py). Answered by ok."""
+
+    metadata: Annotated[bytes, msgspec.Meta(max_length=MAX_METADATA_BYTES)]
+    address: Stamp
+    num_bytes: Count
 
 
 class Discard(_HandoffStep, tag="discard"):
@@ -174,10 +193,12 @@ class Leased(Message, tag="leased"):
 
 
 class BlockBytes(Message, tag="bytes"):
-    """The bytes asked for follow as frames, one for each block, each with its digest."""
+    """The bytes asked for follow as frames, one for each block, each with its digest; or they
+    were placed where they were wanted."""
 
     digests: list[Key]
     encoding: Encoding = ""
+    is_placed: bool = False
 
 
 class Filled(Message, tag="filled"):

@@ -22,6 +22,7 @@ from common.messages.handoffs import (
     GetBlocks,
     GiveBack,
     Lease,
+    OfferMemory,
     OpenHandoff,
     PutBlocks,
     Quit,
@@ -64,7 +65,8 @@ RIGHTS: Mapping[str, Rights] = {
         "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
     },
     "kvstore data": {
-        role: frozenset({Hello, Heartbeat, PutBlocks, GetBlocks}) for role in ("prefill", "decode")
+        role: frozenset({Hello, Heartbeat, PutBlocks, GetBlocks, OfferMemory})
+        for role in ("prefill", "decode")
     },
     "prefill": {"gateway": _OF_GATEWAY | {Prefill}},
     "decode": {"gateway": _OF_GATEWAY | {Reserve}},

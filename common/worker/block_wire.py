@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from common.kv.encodings import INT8, decode, encode
 from common.kv.layout import KvLayout
-from common.messages import BlockBytes, GetBlocks, PutBlocks
+from common.messages import BlockBytes, GetBlocks, PutBlocks, Welcome
 from common.net.link import Link
 from common.seams import Clock
 from common.service import Aside
@@ -31,6 +31,10 @@ class BlockWire:
         self._clock = clock
         self._aside = aside
 
+    def welcomed(self, welcome: Welcome) -> None:
+        """A connection has been welcomed."""
+        self.encodings = welcome.encodings
+
     async def put(
         self, message: PutBlocks, blocks: Frames, digests: Callable[[Frames], list[bytes]]
     ) -> None:
@@ -47,7 +51,8 @@ class BlockWire:
             await self._link().call(message, frames)
 
     async def get(self, message: GetBlocks) -> tuple[list[bytes], Frames]:
-        """The digests and the bytes of blocks. Raises ProtocolError for what is no answer to it."""
+        """The digests of blocks, and their bytes, to be taken before anything else is waited for.
+        Raises ProtocolError for what is no answer to it."""
         num_blocks = len(message.indexes)
         message.encoding = self._encoding(self._moving.pulls)
         with self._timed(self._moving.pulls, message.encoding, num_blocks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, setting
+from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, NIXL_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
 from common.service import DRAIN_HELP, DRAIN_TIMEOUT_S
 
@@ -19,7 +19,7 @@ class WorkerConfig:
     stores: str = setting("tcp://127.0.0.1:5570", "endpoints of the KV stores, comma-separated")
     bind: str = setting("tcp://127.0.0.1:*", "where gateways reach this worker")
     advertise: str = setting("", ADVERTISE_HELP)
-    mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq")
+    mover: str = setting("auto", "how KV blocks move", choices="auto shm zmq nixl")
     data_connections: int = setting(
         1, "connections for block bytes to each store, each encrypted by a thread of its own", low=1
     )
@@ -48,6 +48,7 @@ class WorkerConfig:
     drain_s: float = setting(DRAIN_TIMEOUT_S, DRAIN_HELP, low=0)
     metrics_host: str = setting("127.0.0.1", HOST_HELP)
     metrics_port: int = setting(0, PORT_HELP, low=0)
+    nixl_devices: str = setting("", NIXL_HELP)
     keys: str = setting("", KEYS_HELP)
     insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")

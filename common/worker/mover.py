@@ -1,8 +1,9 @@
 """Movers make blocks of the store's arena usable where a worker computes.
 
 `shm`: the worker maps the very arena; nothing moves. `zmq`: the worker computes in memory of its
-own and block bytes travel as frames (block_wire.py), each with a digest. A block has the same
-number in both, so a block table means the same everywhere; what is held here is not pulled again.
+own and block bytes travel as frames (block_wire.py), each with a digest. `nixl`: as zmq, but the
+store fetches and brings the bytes by itself (nixl_wire.py). A block has the same number everywhere,
+and so a block table the same meaning; what is held here is not pulled again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 from common.kv.integrity import block_digest
 from common.messages import CorruptError, GetBlocks, PutBlocks, StaleError
+from common.net.nixl import PIECE_BYTES
 from common.seams import Clock
 from common.transfer_rate import TransferRate
 from common.worker.block_wire import BlockWire, Frames
@@ -21,7 +23,7 @@ from common.worker.sequence import Piece
 from kvbaton.errors import KvbatonError
 
 BYTES_IN_FLIGHT = 8 * 1024 * 1024  # each way: what may be on its way before an answer came
-MESSAGE_BYTES = 1024 * 1024  # a message's share, small so that neither end's loop stalls on it
+MESSAGE_BYTES = PIECE_BYTES  # a message's share, small so that neither end's loop stalls on it
 
 
 class CorruptPiecesError(CorruptError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from common.kv.encodings import INT8, PLANES
 from common.messages import WorkerCounts
+from common.net.nixl import Pieces
 from common.transfer_rate import GUESSED_BYTES_PER_S, TransferRate
 
 _GAIN = 1.05  # that compression has to bring
@@ -39,6 +40,7 @@ class Moving:
     compression: str = "off"  # or lossless, or auto: that where the link is slow, or int8
     pulls: Way = field(default_factory=Way)
     pushes: Way = field(default_factory=Way)
+    memory: Pieces | None = None  # to move by NIXL
 
     def encoding(self, way: Way, now: float) -> str:
         """Of the next message, if the store can read it; "" for blocks as they are."""

@@ -51,6 +51,7 @@ from common.worker.endings import Endings
 from common.worker.holdings import holdings
 from common.worker.mover import MESSAGE_BYTES, CorruptPiecesError
 from common.worker.moving import Moving
+from common.worker.nixl_wire import make_memory
 from common.worker.progress import Progress
 from common.worker.publisher import Publisher
 from common.worker.role import Role
@@ -115,6 +116,10 @@ class WorkerRuntime:
         self.block_size = self.info.layout.block_size
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
+        if self.config.mover == "nixl":
+            self._moving.memory = await make_memory(
+                self.config, self.seams, self.info.layout.block_bytes
+            )
         part_blocks = max(1, MESSAGE_BYTES // self.info.layout.block_bytes)
         self.publisher = Publisher(self.tasks, self.endings, part_blocks)
         steps = self._steps = StepLoop(
@@ -193,6 +198,8 @@ class WorkerRuntime:
             self._server.close()
         if self._engine is not None:
             self._engine.close()
+        if self._moving.memory is not None:
+            self._moving.memory.agent.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
@@ -213,7 +220,8 @@ class WorkerRuntime:
             version=VERSION,
             max_model_len=self.info.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
-            mover=self.config.mover,
+            # By NIXL or not, it is memory of its own and checked on its way.
+            mover="zmq" if self.config.mover == "nixl" else self.config.mover,
             layout=self.info.layout,
         )
 

@@ -36,6 +36,7 @@ from common.worker.device_mover import DeviceMover
 from common.worker.lease import BlockLease
 from common.worker.mover import Mover, ShmMover, ZmqMover
 from common.worker.moving import Moving
+from common.worker.nixl_wire import NixlWire
 from common.worker.sequence import Sequence
 from kvbaton.errors import ConnectionLostError, KvbatonError
 
@@ -157,11 +158,15 @@ class StoreLink:
 
     def _data_wire(self, layout: KvLayout) -> BlockWire:
         links = [self._data_link() for _ in range(self._moving.num_connections)]
-        return BlockWire(links, layout, self._moving, self._seams.clock, self._seams.aside)
+        given = links, layout, self._moving, self._seams.clock, self._seams.aside
+        memory = self._moving.memory
+        if memory is None:
+            return BlockWire(*given)
+        return NixlWire(*given, memory=memory, spawn=self._tasks.spawn)
 
     def _data_welcomed(self, welcome: Welcome) -> None:
         if self._data is not None:
-            self._data.encodings = welcome.encodings
+            self._data.welcomed(welcome)
 
     def _data_link(self) -> Link:
         return Link(

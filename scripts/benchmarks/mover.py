@@ -1,5 +1,5 @@
 """How fast KV blocks move between a worker and a KV store: encrypted, by several connections,
-compressed.
+compressed, and by NIXL where that is installed.
 
 A real store process and a worker's mover, with all cores of the machine: encrypting takes threads
 of its own at both ends. Blocks are those of the 135M model.
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 
 from common.kv.planes import compress, decompress
 from common.log import configure_logging
@@ -47,6 +48,8 @@ def run(options: argparse.Namespace) -> Report:
             for count in options.connections
         ]
         parts.append(_way(stack, num_blocks, 1, secure=True, compression="lossless"))
+        if find_spec("nixl_cu12"):
+            parts.append(_way(stack, num_blocks, 1, secure=True, nixl_devices="lo"))
         source, target = (store_bytes.random_blocks(num_blocks) for _ in range(2))
         copy = partial(store_bytes.copy, source, target, range(num_blocks))
         found = collect([*parts, partial(timed, "memcpy", copy)], options.rounds)
@@ -68,16 +71,27 @@ def _way(
     *,
     secure: bool,
     compression: str = "off",
+    nixl_devices: str = "",
 ) -> Callable[[], dict[str, float]]:
     """Moves a prompt to a store of its own and from there, and tells how long each took."""
     store = stack.enter_context(
-        live_store(None, LAYOUT, 4 * num_blocks, "zmq", secure=secure, io_threads=num_connections)
+        live_store(
+            None,
+            LAYOUT,
+            4 * num_blocks,
+            "zmq",
+            secure=secure,
+            io_threads=num_connections,
+            nixl_devices=nixl_devices,
+        )
     )
-    prompt = MovedPrompt(store.members, num_blocks, num_connections, compression)
+    prompt = MovedPrompt(store.members, num_blocks, num_connections, compression, nixl_devices)
     store.run(prompt.join())
     name = f"{'CURVE' if secure else 'plain'}, {num_connections} connections"
     if compression != "off":
         name += ", compressed"
+    if nixl_devices:
+        name = "NIXL"
 
     def move() -> dict[str, float]:
         store.run(prompt.fill())

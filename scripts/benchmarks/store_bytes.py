@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,13 @@ from common.messages import (
     Sealed,
     WorkerCounts,
 )
+from common.net.link import Link
+from common.net.nixl import Pieces, load_agent
 from common.seams import LiveClock
 from common.worker.block_wire import BlockWire
-from common.worker.mover import ZmqMover
+from common.worker.mover import BYTES_IN_FLIGHT, ZmqMover
 from common.worker.moving import Moving
+from common.worker.nixl_wire import NixlWire
 from common.worker.sequence import Piece
 from scripts.benchmarks.store_handoffs import open_message, random_keys
 from scripts.benchmarks.store_members import StoreMembers
@@ -64,11 +68,13 @@ class MovedPrompt:
         num_blocks: int,
         num_connections: int = 1,
         compression: str = "off",
+        nixl_devices: str = "",
     ) -> None:
         self._members = members
         self._num_blocks = num_blocks
         self._num_connections = num_connections
         self._compression = compression
+        self._nixl_devices = nixl_devices
         self._told: asyncio.Queue[Message] = asyncio.Queue()
         members.pushed = self._told.put_nowait
         self._handoff: tuple[str, int] = "", 0
@@ -87,9 +93,27 @@ class MovedPrompt:
     async def _mover(self, role: str, num_blocks: int) -> ZmqMover:
         links = [await self._members.data_link(role) for _ in range(self._num_connections)]
         moving, clock = Moving(WorkerCounts(), compression=self._compression), LiveClock()
-        wire = BlockWire(links, LAYOUT, moving, clock, asyncio.to_thread)
+        if self._nixl_devices:
+            wire: BlockWire = await self._nixl_wire(role, links, moving)
+        else:
+            wire = BlockWire(links, LAYOUT, moving, clock, asyncio.to_thread)
         wire.encodings = [PLANES]
         return ZmqMover(wire, random_blocks(num_blocks), LAYOUT.block_bytes, moving, clock)
+
+    async def _nixl_wire(self, role: str, links: Sequence[Link], moving: Moving) -> NixlWire:
+        agent = load_agent(self._members.ids[role], self._nixl_devices)
+        memory = Pieces(agent, 2 * BYTES_IN_FLIGHT, LAYOUT.block_bytes)
+        loop = asyncio.get_running_loop()
+
+        def spawn(work: Coroutine[Any, Any, None], name: str) -> object:
+            return loop.create_task(work, name=name)
+
+        wire = NixlWire(
+            links, LAYOUT, moving, LiveClock(), asyncio.to_thread, memory=memory, spawn=spawn
+        )
+        await wire.offer()
+        assert wire.is_accepted
+        return wire
 
     async def fill(self) -> None:
         """Have blocks to write."""

@@ -156,6 +156,7 @@ def live_store(
     *,
     secure: bool = False,
     io_threads: int = 1,
+    nixl_devices: str = "",
 ) -> Iterator[LiveStore]:
     """A store process on these cores, or on those that we use, with room for so many blocks.
     With `secure` both ends encrypt, each with so many `io_threads`."""
@@ -164,7 +165,9 @@ def live_store(
         Cluster(Path(name), secure=secure) as cluster,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        settings = {"heartbeat_s": _FOREVER_S, "lost_after_s": _FOREVER_S}
+        settings: dict[str, Any] = {"heartbeat_s": _FOREVER_S, "lost_after_s": _FOREVER_S}
+        if nixl_devices:
+            settings["nixl_devices"] = nixl_devices
         kv_bytes = num_blocks * layout.block_bytes
         with on_cores(cores):
             cluster.start("kvstore", kv_bytes=kv_bytes, io_threads=io_threads, **settings)

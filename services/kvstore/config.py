@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, setting
+from common.config import ADVERTISE_HELP, INSECURE_HELP, KEYS_HELP, NIXL_HELP, setting
 from common.metrics_port import HOST_HELP, PORT_HELP
 
 
@@ -29,6 +29,7 @@ class StoreConfig:
     lost_after_s: float = setting(8.0, "silence after which a member is lost", low=0.1)
     metrics_host: str = setting("127.0.0.1", HOST_HELP)
     metrics_port: int = setting(0, PORT_HELP, low=0)
+    nixl_devices: str = setting("", NIXL_HELP)
     keys: str = setting("", KEYS_HELP)
     insecure: bool = setting(False, INSECURE_HELP)
     log_level: str = setting("info", "log level", choices="debug info warning error")

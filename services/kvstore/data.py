@@ -2,7 +2,8 @@
 
 Bytes come and go with digests (common/kv/integrity.py). What does not fit its digest is refused
 here, and by workers there: it is computed again and never served. What is encoded for a slow link
-is decoded beside the event loop, and then put as if it had come so.
+is decoded beside the event loop, and what lies in a worker's memory is fetched there (nixl.py);
+then it is put as if it had come so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common.messages import (
     Hello,
     Member,
     Message,
+    OfferMemory,
     Ok,
     PutBlocks,
     StaleError,
@@ -29,14 +31,16 @@ from common.messages import (
     decoder,
 )
 from common.messages.rights import RIGHTS
+from common.net.nixl import Agent
 from common.net.server import Server, failed
 from common.service import Seams, Tasks
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.kvstore.ledger import Ledger
 from services.kvstore.members import Members
+from services.kvstore.nixl import WorkersMemory
 
 MAX_BYTES_ASKED = 4 * 1024 * 1024  # in one message, or for one block if that is more
-MAX_CODED = 32  # messages of one peer that are decoded or encoded at once
+MAX_CODED = 32  # messages of one peer that are decoded, encoded, fetched or brought at once
 ENCODINGS = [PLANES, INT8]
 
 
@@ -44,13 +48,24 @@ class DataServer:
     """Copies blocks between frames and the arena, for those whom the ledger lets."""
 
     def __init__(
-        self, seams: Seams, tasks: Tasks, endpoint: str, members: Members, welcome: Welcome
+        self,
+        seams: Seams,
+        tasks: Tasks,
+        endpoint: str,
+        members: Members,
+        welcome: Welcome,
+        *,
+        agent: Agent | None = None,
     ) -> None:
+        """`agent`: to move bytes by NIXL too."""
         self.num_corrupt = 0
         self.num_bytes_in = 0
         self.num_bytes_out = 0
         self._tasks = tasks
         self._aside = seams.aside
+        self._memory = (
+            WorkersMemory(agent, seams.aside, lambda each: each in members) if agent else None
+        )
         self._num_coded: Counter[bytes] = Counter()  # messages under way, by peer
         self._members = members
         self._welcome = welcome
@@ -75,6 +90,8 @@ class DataServer:
         self._ledger, self._arena = ledger, arena
         self._layout, self._block_bytes = layout, layout.block_bytes
         self._arrived.clear()
+        if self._memory is not None:
+            self._memory.serve(layout.block_bytes)
 
     def is_damaged(self, block: int, key: bytes) -> bool:
         """Whether the bytes of a final block, which came here with a digest, are others by now."""
@@ -88,11 +105,17 @@ class DataServer:
 
     def close(self) -> None:
         self._server.close()
+        if self._memory is not None:
+            self._memory.close()
         self._ledger, self._arena = None, memoryview(b"")
 
     def _accept(self, _peer: bytes, hello: Hello) -> Welcome:
         self._check_member(hello.member)
-        return Welcome(instance_id=self._welcome.instance_id, encodings=ENCODINGS)
+        return Welcome(
+            instance_id=self._welcome.instance_id,
+            encodings=ENCODINGS,
+            nixl=self._memory is not None,
+        )
 
     def _check_member(self, member: Member) -> None:
         if member.role == "gateway" or member.member_id not in self._members:
@@ -103,11 +126,11 @@ class DataServer:
         self._check_member(member)
         if isinstance(message, Heartbeat):
             return Ok()
-        if isinstance(message, PutBlocks | GetBlocks) and message.encoding:
+        if isinstance(message, PutBlocks | GetBlocks | OfferMemory) and _takes_time(message):
             if self._num_coded[peer] >= MAX_CODED:
-                raise OverloadedError(f"{MAX_CODED} messages of this worker are being decoded")
+                raise OverloadedError(f"{MAX_CODED} messages of this worker are under way")
             self._num_coded[peer] += 1
-            self._tasks.spawn(self._coded(peer, member, message, list(bulk)), "coded-blocks")
+            self._tasks.spawn(self._answer_later(peer, member, message, list(bulk)), "blocks")
             return None
         if isinstance(message, PutBlocks):
             return self._put(member.member_id, message, bulk)
@@ -116,18 +139,20 @@ class DataServer:
             return None
         raise ProtocolError(f"{type(message).__name__} belongs on the control socket")
 
-    async def _coded(
+    async def _answer_later(
         self,
         peer: bytes,
         member: Member,
-        message: PutBlocks | GetBlocks,
+        message: PutBlocks | GetBlocks | OfferMemory,
         bulk: list[memoryview],
     ) -> None:
-        """As without encoding, with arithmetic before or after it."""
+        """As without encoding or offset, with arithmetic or a transfer before or after it."""
         answer: Message
         frames: Sequence[bytes | memoryview] = []
         try:
-            if isinstance(message, PutBlocks):
+            if isinstance(message, OfferMemory) or message.offset is not None:
+                answer = await self._by_memory(member, message)
+            elif isinstance(message, PutBlocks):
                 self._check_num_blocks(len(bulk))
                 blocks = await self._aside(decode, message.encoding, bulk, self._layout)
                 self._check_member(member)  # it may be gone by now, its handoff over
@@ -142,6 +167,30 @@ class DataServer:
                 del self._num_coded[peer]
         answer.call_id = message.call_id
         self._server.send(peer, answer, frames)
+
+    async def _by_memory(
+        self, member: Member, message: PutBlocks | GetBlocks | OfferMemory
+    ) -> Message:
+        """As with frames, which lie, or are wanted, in memory that the worker has offered. All is
+        checked as it is once they are here, and sent as it was when they were asked for."""
+        memory, worker_id = self._memory, member.member_id
+        if memory is None:
+            raise ProtocolError("this store does not use NIXL: blocks go as frames")
+        if isinstance(message, OfferMemory):
+            await memory.accept(worker_id, message)
+            return Ok()
+        assert message.offset is not None
+        if isinstance(message, PutBlocks):
+            num_blocks = len(message.blocks)
+            with memory.lent(num_blocks) as piece:
+                blocks = await memory.read(worker_id, message.offset, piece, num_blocks)
+                self._check_member(member)  # it may be gone by now, its handoff over
+                return self._put(worker_id, message, blocks)
+        answer, frames = self._get(worker_id, message)
+        with memory.lent(len(frames)) as piece:
+            await memory.write(worker_id, message.offset, piece, frames)
+        answer.is_placed = True
+        return answer
 
     async def _encoded(
         self, worker_id: str, message: GetBlocks
@@ -232,3 +281,9 @@ class DataServer:
 
     def _bytes(self, block: int) -> memoryview:
         return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
+
+
+def _takes_time(message: PutBlocks | GetBlocks | OfferMemory) -> bool:
+    if isinstance(message, OfferMemory):
+        return True
+    return bool(message.encoding) or message.offset is not None

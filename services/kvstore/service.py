@@ -41,6 +41,7 @@ from common.messages.rights import RIGHTS
 from common.metrics import exposition, render
 from common.metrics_port import MetricsPort
 from common.net.addresses import advertised
+from common.net.nixl import Agent
 from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
@@ -105,7 +106,14 @@ class KvStore:
                 self._seams.files, disk_folder(config), lambda: self._cache_secret
             )
         welcome = Welcome(instance_id=self._instance_id)
-        self._data = DataServer(self._seams, self._tasks, config.data_bind, self._members, welcome)
+        self._data = DataServer(
+            self._seams,
+            self._tasks,
+            config.data_bind,
+            self._members,
+            welcome,
+            agent=await self._make_agent(),
+        )
         self._data_endpoint = advertised(self._data.endpoint, config.advertise)
         self._server = Server(
             self._seams.transport,
@@ -122,6 +130,14 @@ class KvStore:
         self._tasks.spawn(self._tick(), "tick")
         self._tasks.spawn(self._expire(), "expire")
         log.info("store_ready", endpoint=self._server.endpoint, arena=self._memory.path)
+
+    async def _make_agent(self) -> Agent | None:
+        """To move blocks by NIXL, if settings say so. Raises StartError."""
+        seams, devices = self._seams, self.config.nixl_devices
+        if not devices:
+            return None
+        agent: Agent = await seams.aside(seams.nixl, self._instance_id, devices)
+        return agent
 
     @property
     def endpoint(self) -> str:

@@ -51,8 +51,8 @@ EXPECTED = {
         " lease give_back",
     },
     "kvstore data": {
-        "prefill": "hello heartbeat put get",
-        "decode": "hello heartbeat put get",
+        "prefill": "hello heartbeat put get offer",
+        "decode": "hello heartbeat put get offer",
     },
     "prefill": {"gateway": "hello heartbeat prefill drain log_level"},
     "decode": {"gateway": "hello heartbeat reserve drain log_level"},

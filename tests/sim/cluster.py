@@ -91,6 +91,7 @@ class Shape:
     lost_after_s: float = 8.0
     disk_bytes: int = 0  # 0: no disk tier
     mode: str = "disaggregated"
+    nixl_devices: str = ""  # of the stores
     routing: dict[str, Any] = field(default_factory=dict)
     worker: dict[str, Any] = field(default_factory=dict)
     engine: Callable[[WorkerConfig], Engine] = mock_engine
@@ -192,6 +193,7 @@ class SimCluster:
             lost_after_s=self.shape.lost_after_s,
             disk_dir="disk" if self.shape.disk_bytes else "",
             disk_bytes=self.shape.disk_bytes or 1,
+            nixl_devices=self.shape.nixl_devices,
         )
         seams = self._seams("kvstore")
         store = KvStore(config, seams)

@@ -45,11 +45,11 @@ _PROMPT, _NUM_TOKENS = [5] * 40, 300
 Check = Callable[[SimCluster, Handoff], Awaitable[None]]
 
 
-def while_serving(check: Check) -> None:
+def while_serving(check: Check, shape: Shape | None = None) -> None:
     """Run `check` while a request is served, which must get its own tokens all the same."""
 
     async def main() -> None:
-        async with SimCluster(World(1), Shape()) as cluster:
+        async with SimCluster(World(1), shape or Shape()) as cluster:
             stream = cluster.submit(_PROMPT, _NUM_TOKENS)
             await asyncio.sleep(0.1)
             (ledger,) = cluster.ledgers()

@@ -17,6 +17,7 @@ from kvbaton.sockets import HIGH_WATER_MARK
 from tests.sim.files import SimDrive, SimFiles
 from tests.sim.loop import PROCESS
 from tests.sim.network import SimNetwork, SimTransport
+from tests.sim.nixl import SimNixl
 
 T = TypeVar("T")
 
@@ -118,6 +119,7 @@ class World:
         self.processes = SimProcesses()
         self.random = random.Random(seed + 1)
         self.drive = SimDrive(seed + 3)
+        self.nixl = SimNixl()
         self._files: dict[int, SimFiles] = {}
         self._rng = SimRng(seed + 2)
         self._num_processes = 0
@@ -138,6 +140,7 @@ class World:
             host_id=host_id,
             pid=pid,
             aside=_at_once,
+            nixl=self.nixl.agent,
         )
 
     def end(self, pid: int) -> None:
