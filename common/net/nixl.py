@@ -123,7 +123,8 @@ def _library() -> ModuleType:
         except ImportError as error:
             reasons.append(str(error))
     raise StartError(
-        f"NIXL is not installed ({'; '.join(reasons)}): pip install '.[nixl]', "
+        f"NIXL is not installed ({'; '.join(reasons)}): in kvbaton's folder run "
+        ".venv/bin/python -m pip install --editable '.[nixl]', "
         "or use --mover auto on workers and no --nixl-devices on stores"
     )
 

@@ -19,7 +19,18 @@ _SET_UP = "run scripts/setup cluster in the folder of the installation"
 
 def findings(facts: Facts) -> list[Finding]:
     """What there is to say, in the order in which things are needed."""
-    on_host = [_python, _packages, _torch, _gpu, _processor, _compiler, _memory, _limits, _clock]
+    on_host = [
+        _python,
+        _packages,
+        _torch,
+        _gpu,
+        _processor,
+        _compiler,
+        _nixl,
+        _memory,
+        _limits,
+        _clock,
+    ]
     found = [finding for check in [*on_host, _names] for finding in check(facts)]
     return [*found, *of_cluster(facts)]
 
@@ -142,6 +153,28 @@ def _compiler(facts: Facts) -> Iterator[Finding]:
             "there is no C++ compiler: torch computes every step, several times slower",
             "install g++ (on Debian: apt-get install g++)",
         )
+
+
+def _nixl(facts: Facts) -> Iterator[Finding]:
+    nixl = facts.nixl
+    if nixl is None:
+        return
+    if not nixl.version:
+        yield Finding(
+            ERROR,
+            "nixl",
+            "KVBATON_NIXL_DEVICES is set, and the package is not installed",
+            ".venv/bin/python -m pip install --editable '.[nixl]', there too",
+        )
+    if nixl.missing:
+        yield Finding(
+            ERROR,
+            "nixl",
+            f"there is no network device {', '.join(nixl.missing)}",
+            "correct KVBATON_NIXL_DEVICES: ls /sys/class/infiniband /sys/class/net names them",
+        )
+    elif nixl.version:
+        yield Finding(OK, "nixl", nixl.version)
 
 
 # ---- the host -----------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ class Torch:
 
 
 @dataclass(frozen=True)
+class Nixl:
+    """`missing`: those of the devices named in settings that this host does not have."""
+
+    version: str = ""  # "" for not installed
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Arena:
     """The folder of a store's arena, and the room there. `free_bytes` counts an arena of ours that
     is there already. None: there is no such folder."""
@@ -103,6 +111,7 @@ class Facts:
     has_nvidia: bool = False
     xformers: str | None = None  # why it cannot be used, "" if it can; None: it is not installed
     compiler: str = ""
+    nixl: Nixl | None = None  # None: no settings ask for it
     arenas: tuple[Arena, ...] = ()
     num_files: int = UNLIMITED  # RLIMIT_NOFILE
     locked_bytes: int = UNLIMITED  # RLIMIT_MEMLOCK

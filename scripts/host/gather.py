@@ -22,6 +22,7 @@ from scripts.host.facts import (
     Facts,
     KeyFile,
     Model,
+    Nixl,
     StoreAnswer,
     Torch,
 )
@@ -36,6 +37,7 @@ _FOR = {
     "prefill": ("torch", "numpy", "safetensors", "llguidance", "tokenizers"),
     "decode": ("torch", "numpy", "safetensors", "llguidance", "tokenizers"),
 }
+_NIXL_DEVICES = "KVBATON_NIXL_DEVICES"
 _STA_UNSYNC = 0x40  # timex.h
 
 
@@ -59,6 +61,7 @@ def gather(roles: tuple[str, ...], instances: Instances, *, load_model: bool) ->
         has_nvidia=has_nvidia,
         xformers=_xformers() if workers and has_nvidia else None,
         compiler=shutil.which("g++") or shutil.which("c++") or "",
+        nixl=_nixl(all_settings),
         arenas=tuple(_arena(settings) for role, _, settings in instances if role == "kvstore"),
         num_files=_limit(files),
         locked_bytes=_limit(locked),
@@ -95,6 +98,22 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _nixl(all_settings: list[dict[str, str]]) -> Nixl | None:
+    named = {name for each in all_settings for name in _devices(each.get(_NIXL_DEVICES, ""))}
+    if not named:
+        return None
+    version = next(filter(None, map(_version, ("nixl-cu12", "nixl-cu13"))), "")
+    kinds = (Path("/sys/class/net"), Path("/sys/class/infiniband"))
+    there = {each.name for kind in kinds if kind.exists() for each in kind.iterdir()}
+    return Nixl(version, tuple(sorted(named - there)))
+
+
+def _devices(text: str) -> list[str]:
+    """Their names, without ports: `mlx5_0:1,eth0`."""
+    names = [each.partition(":")[0].strip() for each in text.split(",")]
+    return [name for name in names if name and name != "all"]
 
 
 # ---- engine -------------------------------------------------------------------------------------

@@ -25,9 +25,18 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 _LOOPBACK = """
-import sys, threading
+import os, sys
+from pathlib import Path
 from common.net.nixl import PIECE_BYTES, Pieces, load_agent
 from kvbaton.errors import UnavailableError
+
+def listening():
+    ours = {os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.exists()}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours:
+                yield fields[1].partition(":")[0]
 
 store, worker = (load_agent(name, "lo") for name in ("store", "worker"))
 ours, theirs = (Pieces(agent, 2 * PIECE_BYTES, 4096) for agent in (store, worker))
@@ -50,6 +59,7 @@ with ours.lent() as here, theirs.lent() as there, worker.busy():
     except UnavailableError:
         print("right")
 assert "torch" not in sys.modules
+assert set(listening()) == {"0100007F"}, "the device that was named has 127.0.0.1, and no other"
 for agent in (store, worker):
     agent.close()
 """

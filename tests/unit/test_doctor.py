@@ -12,8 +12,19 @@ import pytest
 from scripts.host import doctor
 from scripts.host.checks import findings
 from scripts.host.env_files import instances, parse_env
-from scripts.host.facts import Arena, Bind, Clock, Facts, KeyFile, Model, StoreAnswer, Torch
+from scripts.host.facts import (
+    Arena,
+    Bind,
+    Clock,
+    Facts,
+    KeyFile,
+    Model,
+    Nixl,
+    StoreAnswer,
+    Torch,
+)
 from scripts.host.findings import ERROR, OK, WARNING, Finding
+from scripts.host.gather import gather
 
 MIB = 1 << 20
 STORE = StoreAnswer("tcp://10.0.0.1:5570", "decode", is_open=True)
@@ -69,6 +80,11 @@ def test_a_host_that_is_well() -> None:
         ({"cpu_flags": frozenset({"sse4"})}, WARNING, "processor", "no AVX2", "another host"),
         ({"num_threads": 9}, WARNING, "processor", "9 threads on 8 cores", "KVBATON_THREADS"),
         ({"compiler": ""}, WARNING, "compiler", "no C++ compiler", "install g++"),
+        ({"nixl": Nixl()}, ERROR, "nixl", "the package is not installed", "'.[nixl]'"),
+        (
+            {"nixl": Nixl("1.5.1", ("mlx5_7",))},
+            ERROR, "nixl", "no network device mlx5_7", "KVBATON_NIXL_DEVICES",
+        ),
         (
             {"arenas": (Arena("/dev/shm", 60 * MIB, 64 * MIB),) * 2},
             ERROR, "memory", "need 120 MiB, 64 MiB are free", "remount",
@@ -197,3 +213,11 @@ def test_errors_decide_the_exit_status(
 def test_a_role_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--role", "router"]) == 2
     assert "got 'router'" in capsys.readouterr().err
+
+
+def test_devices_for_nixl_are_looked_for_only_where_they_are_named() -> None:
+    store = ("kvstore", "kvstore.1", {"KVBATON_NIXL_DEVICES": "lo, none0:1"})
+    facts = gather(("kvstore",), [store], load_model=False)
+    assert facts.nixl is not None
+    assert facts.nixl.missing == ("none0",)
+    assert gather(("kvstore",), [("kvstore", "kvstore.1", {})], load_model=False).nixl is None
