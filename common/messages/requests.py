@@ -48,11 +48,12 @@ class Reserve(_Request, tag="reserve"):
     """Gateway to decode: keep a place for this request. Answered by ok when there is one.
 
     `prefill_here`: compute the prompt yourself. `first_token`: the KV of all `tokens` is there,
-    claim it and go on after this one.
+    claim it and go on after this one. `tpot_target_ms`: what its tokens may take, 0 for any time.
     """
 
     prefill_here: bool = False
     first_token: TokenId | None = None
+    tpot_target_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Prefill(_Request, tag="prefill"):

@@ -6,6 +6,7 @@ hundred steps. No coefficient is negative, as a prediction for more work must no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from itertools import combinations
@@ -111,6 +112,23 @@ class StepFits:
         queued = [(each.num_uncomputed, each.num_computed) for each in sequences]
         context = sum(attended(num_tokens, start) for num_tokens, start in queued)
         return times.prompt_s(sum(num_tokens for num_tokens, _ in queued), context)
+
+    def num_prompt_tokens(
+        self, within_s: float, *, num_running: int, context: int, start: int
+    ) -> float:
+        """How many tokens of a prompt, from `start` on, a step of `within_s` has room for beside a
+        token of each running sequence, which attend to `context` positions. 0 until steps of both
+        kinds are known."""
+        prompts, tokens = self.prompts, self.tokens
+        if math.isinf(within_s):
+            return math.inf
+        if prompts is None or (num_running and tokens is None):
+            return 0
+        if num_running and tokens is not None:
+            taken_s = tokens.step_s(num_running, context)
+        else:
+            taken_s = prompts.base_ms / 1000
+        return prompts.num_within(within_s - taken_s, start)
 
     def add(self, works: Many[Work], step_s: float) -> None:
         """A step was run."""

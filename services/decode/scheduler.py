@@ -1,13 +1,15 @@
 """Which sequences the next step advances, and who must give way when blocks run out. Pure.
 
-Every running sequence gets one token a step; what is left of the step's token budget goes to
-prompts that this worker computes itself, chunk by chunk (Sarathi-Serve, section 4.2). A sequence
+Every running sequence gets one token a step; what is left of the step's token budget, and of the
+time that running ones may be kept waiting (pace.py), goes to prompts that this worker computes
+itself, chunk by chunk (Sarathi-Serve, section 4.2), a block at least. A sequence
 that needs a block takes it from the lease. When the store has no more, the youngest gives way: its
 blocks become cache that can be evicted, and it goes on later from what is left of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -61,10 +63,15 @@ class DecodeScheduler:
 
     def num_context_tokens(self) -> int:
         """Positions that the next token of each running sequence attends to."""
-        return sum(len(seq.tokens) for seq in self._active if seq.num_uncomputed == 1)
+        return sum(len(sequence.tokens) for sequence in self.running())
 
-    def plan(self, leases: Many[BlockLease]) -> Plan:
-        """The next step. A sequence without a block for its next token sits it out."""
+    def running(self) -> list[Sequence]:
+        """Those that are."""
+        return [sequence for sequence in self._active if sequence.num_uncomputed == 1]
+
+    def plan(self, leases: Many[BlockLease], max_prompt_tokens: float = math.inf) -> Plan:
+        """The next step. A sequence without a block for its next token sits it out. Prompts get
+        `max_prompt_tokens`, but not less than a block, so that none waits for ever."""
         plan = Plan()
         for sequence in self._active:
             if sequence.num_uncomputed > 1 or sequence in plan.preempted:
@@ -80,7 +87,8 @@ class DecodeScheduler:
             for sequence in self._active
             if sequence.num_uncomputed > 1 and sequence not in plan.preempted
         ]
-        plan.steps += plan_chunks(prompts, self._budget - len(plan.steps))
+        left = self._budget - len(plan.steps)
+        plan.steps += plan_chunks(prompts, int(min(left, max(max_prompt_tokens, self._block_size))))
         return plan
 
     def _grow(self, sequence: Sequence, lease: BlockLease) -> bool:

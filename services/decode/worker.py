@@ -17,6 +17,7 @@ claimed at once. When we are to leave ourselves, we `yield` what we have.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 
 import structlog
@@ -44,6 +45,7 @@ from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.decode.departure import Departure
+from services.decode.pace import Paces
 from services.decode.places import Places
 from services.decode.scheduler import DecodeScheduler
 
@@ -63,6 +65,7 @@ class DecodeRole:
         self._prefill_here: set[str] = set()
         self._first_tokens: dict[str, int] = {}  # of those that are computed, by handoff id
         self._pulls: dict[str, list[asyncio.Task[None]]] = {}  # under way, by handoff id
+        self._paces = Paces()
         self._places = Places(config.max_num_seqs)
         self._reserving: dict[str, int] = {}  # the call that a place answers, by handoff id
         self._departure = Departure(runtime, self._scheduler, self._places, self.sequences)
@@ -103,6 +106,7 @@ class DecodeRole:
         del self._sequences[handoff_id]
         self._prefill_here.discard(handoff_id)
         self._first_tokens.pop(handoff_id, None)
+        self._paces.remove(handoff_id)
         self._pulls.pop(handoff_id, None)
         self._places.leave(handoff_id)
         call_id = self._reserving.pop(handoff_id, None)
@@ -136,6 +140,7 @@ class DecodeRole:
             self._prefill_here.add(message.handoff_id)
         if message.first_token is not None:
             self._first_tokens[message.handoff_id] = message.first_token
+        self._paces.add(message.handoff_id, message.tpot_target_ms / 1000)
         self._reserving[message.handoff_id] = message.call_id
         self._places.ask(message.handoff_id)
         self._fill_places()
@@ -192,6 +197,7 @@ class DecodeRole:
                 sequence.pulled.difference_update(indexes)  # tried again when we claim
 
     async def _claim(self, sequence: Sequence, first_token: int) -> None:
+        self._paces.begin(sequence, sequence.num_outputs + 1, self._runtime.seams.clock.now())
         sequence.progress.num_early_blocks = num_moved = sequence.num_moved
         if pulls := self._pulls.pop(sequence.handoff_id, None):
             await asyncio.wait(pulls)
@@ -221,7 +227,7 @@ class DecodeRole:
 
     def plan(self) -> list[tuple[Sequence, Work]]:
         stores = self._runtime.stores
-        plan = self._scheduler.plan([store.lease for store in stores])
+        plan = self._scheduler.plan([store.lease for store in stores], self._max_prompt_tokens())
         for sequence in plan.preempted:
             self._scheduler.remove(sequence)
             self._runtime.tasks.spawn(self._suspend(sequence), "suspend")
@@ -231,6 +237,19 @@ class DecodeRole:
                 store.lease.asking = True
                 self._runtime.tasks.spawn(self._refill(store, num_wanted), "refill")
         return self._runtime.works(plan.steps)
+
+    def _max_prompt_tokens(self) -> float:
+        """That the next step may compute, so that others get their tokens in time."""
+        prompts = self._scheduler.prompts()
+        if not prompts:
+            return math.inf
+        others = [each for each in self._sequences.values() if each not in prompts]
+        return self._runtime.step_fits.num_prompt_tokens(
+            self._paces.limit_s(others, self._runtime.seams.clock.now()),
+            num_running=len(self._scheduler.running()),
+            context=self._scheduler.num_context_tokens(),
+            start=prompts[0].num_computed,
+        )
 
     async def _refill(self, store: StoreLink, num_blocks: int) -> None:
         await store.refill(num_blocks)
@@ -277,6 +296,7 @@ class DecodeRole:
             return
         finish_reason = sequence.finish_reason(self._runtime.info)
         self._runtime.emit(sequence, sampled, finish_reason)
+        self._paces.begin(sequence, sequence.num_outputs, self._runtime.seams.clock.now())
         if finish_reason is not None:
             release = Release(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
             self._runtime.endings.end(sequence, release)

@@ -59,7 +59,7 @@ class GatewayConfig:
     max_local_tokens: int = setting(
         64,
         "uncached tokens that a decode worker may compute itself where that is sooner; any number "
-        "where moving their KV would take longer; 0: none",
+        "where targets per token pace it, or moving their KV would take longer; 0: none",
         low=0,
     )
     max_outage_s: float = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from hypothesis import given, settings
@@ -241,3 +242,10 @@ def test_sequences_that_cannot_all_grow_give_way_and_come_back() -> None:
         simulation.step()
     assert simulation.num_preempted > 0
     assert all(len(sequence.tokens) == 13 for sequence in simulation.ends)
+
+
+def test_prompts_get_what_the_pace_of_others_leaves_and_never_less_than_a_block() -> None:
+    old, young = running(1, 3, 2), sequence_of(20, arrived_at=2)
+    for allowed, num_tokens in ((math.inf, 15), (7.9, 7), (0, 2), (100, 15)):
+        plan = scheduler_of(old, young).plan([lease_of()], allowed)
+        assert plan.steps == [(old, 1), (young, num_tokens)]

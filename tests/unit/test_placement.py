@@ -194,13 +194,38 @@ def test_a_short_rest_is_computed_by_decode_when_that_is_sooner() -> None:
     assert names(chosen(Wanted(120, num_cached=100), [busy], [idle])) == ("p", "d")
 
 
-def test_not_where_it_would_break_the_pace_of_those_that_run_there() -> None:
+def test_not_where_the_targets_of_those_that_run_there_leave_no_time() -> None:
     busy = worker("p", 100)
-    strict = worker("d", num_sequences=2, tpot_limit_s=0.04)  # the step would take 23 + 30 ms
+    strict = worker("d", num_sequences=2, tpot_limit_s=0.025)  # a step without a prompt takes 23 ms
     lax = worker("d", num_sequences=2, tpot_limit_s=0.06)
     wanted = Wanted(120, num_cached=100)
     assert names(chosen(wanted, [busy], [strict], max_local_tokens=32)) == ("p", "d")
     assert names(chosen(wanted, [busy], [lax], max_local_tokens=32)) == ("d", "d")
+
+
+def test_a_long_prompt_is_computed_by_decode_where_targets_pace_it() -> None:
+    busy = worker("p", 150)  # 170 ms, then 220 of its own
+    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)  # of 90 ms 67 are left: 220 / 0.74
+    free = worker("d", num_sequences=2)
+    wanted = Wanted(200, ttft_target_s=0.35, tpot_target_s=0.1)
+    local = chosen(wanted, [busy], [paced], max_local_tokens=32)
+    assert names(local) == ("d", "d")
+    assert local.decision.chosen.ttft_ms == pytest.approx(45 + 220 / (1 - 23 / 90), rel=0.01)
+    assert names(chosen(wanted, [busy], [paced], max_local_tokens=0)) == ("p", "d")
+    assert names(chosen(wanted, [busy], [free], max_local_tokens=32)) == ("p", "d")
+    assert names(chosen(wanted, [busy], [worker("d")], max_local_tokens=32)) == ("d", "d")
+    assert names(chosen(Wanted(200), [busy], [worker("d")], max_local_tokens=32)) == ("p", "d")
+
+
+def test_what_prefill_has_in_time_is_left_to_it() -> None:
+    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)
+    wanted = Wanted(200, ttft_target_s=1.0, tpot_target_s=0.1)
+    assert names(chosen(wanted, [worker("p", 150)], [paced], max_local_tokens=32)) == ("p", "d")
+
+
+def test_a_target_per_token_alone_does_not_hide_a_queue() -> None:
+    wanted = Wanted(100, tpot_target_s=0.1)
+    assert chosen(wanted, [worker("a", 500), worker("b")]).prefill.name == "b"
 
 
 def test_without_targets_not_where_others_lose_more_than_it_gains() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -93,3 +94,22 @@ def test_a_prompt_of_many_steps_pays_for_each() -> None:
     assert mean([times, StepTimes(base_ms=20, token_ms=3)]) == StepTimes(
         base_ms=15, token_ms=2, max_tokens=100
     )
+
+
+def test_a_step_has_room_for_what_targets_leave_beside_running_sequences() -> None:
+    fits = StepFits(512)
+
+    def room(within_s: float, num_running: int = 2) -> float:
+        return fits.num_prompt_tokens(within_s, num_running=num_running, context=0, start=0)
+
+    def work(num_tokens: int) -> Work:
+        return Work([0] * 600, 600, 0, num_tokens, [], SamplingParams())
+
+    assert (room(math.inf), room(0.1)) == (math.inf, 0)
+    fits.add([work(1), work(1)], 0.02)
+    assert room(0.1) == 0  # what prompts take is not known yet
+    for num_tokens in (100, 200, 400) * 8:
+        fits.add([work(num_tokens)], 0.01 + num_tokens / 1000)
+    assert room(0.1) == pytest.approx(80, rel=0.05)
+    assert room(0.1, num_running=0) == pytest.approx(90, rel=0.05)
+    assert room(0.01) == room(-1.0) == 0

@@ -37,7 +37,8 @@ class Attempt:
         self.after = after
         self.outcome: asyncio.Future[KvbatonError | None]
         self.outcome = asyncio.get_running_loop().create_future()
-        self._assignment: Assignment  # from when it is begun
+        self._targets: Targets  # from when it is begun, as the next
+        self._assignment: Assignment
         self._tokens = place.tokens
         # What has come of the prompt's log-probabilities is not computed again.
         self._sampling = stream.request.sampling
@@ -101,6 +102,7 @@ class Attempt:
 
     def begin(self, targets: Targets, now: float) -> None:
         """The attempt begins."""
+        self._targets = targets
         self._assignment = Assignment(self.place, targets, now)
         timeline, place = self.stream.timeline, self.place
         timeline.prefill_worker = place.prefill.member.name
@@ -118,6 +120,7 @@ class Attempt:
         place = self.place
         colocated = place.prefill is place.decode
         reserve = self._request(Reserve, opened, self._decode_id)
+        reserve.tpot_target_ms = self._targets.tpot_ms
         if opened.is_whole:
             self._assignment.prefilled(now)
             *reserve.tokens, reserve.first_token = self._tokens

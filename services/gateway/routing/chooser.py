@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Routing:
     """How requests are placed. `targets` are those of requests that name none. With `refuses_late`
     one is not taken if its target for the first token cannot be met. A decode worker computes up
     to `max_local_tokens` of a prompt itself where that is sooner and, unless they are 0, any number
-    where moving their KV would take longer."""
+    where targets for the time per token pace it, or moving its KV would take longer."""
 
     mode: str = "disaggregated"
     targets: Targets = Targets()
@@ -75,9 +76,14 @@ class Chooser:
 
     def prefillers(self) -> list[Worker]:
         """Whoever computes prompts and takes new work."""
-        role = "decode" if self._is_colocated else "prefill"
-        workers = (self._fleet.of_role(role, store) for store in self._fleet.stores)
-        return list(dict.fromkeys(worker for of_store in workers for worker in of_store))
+        return self._of_role("decode" if self._is_colocated else "prefill")
+
+    def helpers(self) -> list[Worker]:
+        """Decode workers that may compute long prompts, as all that they have keep them in check
+        by targets."""
+        if self._is_colocated or not self.routing.max_local_tokens:
+            return []
+        return [each for each in self._of_role("decode") if math.isfinite(each.tpot_limit_s)]
 
     def choose(self, stream: RequestStream, tried: set[Worker]) -> tuple[Place, Decision]:
         """Where to serve a request now; workers in `tried` come last. Raises UnavailableError."""
@@ -127,6 +133,10 @@ class Chooser:
             self._sessions.move_to_end(session)
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
+
+    def _of_role(self, role: str) -> list[Worker]:
+        workers = (self._fleet.of_role(role, store) for store in self._fleet.stores)
+        return list(dict.fromkeys(worker for of_store in workers for worker in of_store))
 
     def _wanted(
         self, stream: RequestStream, num_tokens: int, layout: KvLayout, num_found: int, now: float

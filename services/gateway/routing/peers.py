@@ -57,6 +57,11 @@ class Worker:
             return self.member.host_id != store.welcome.host_id
         return self.member.mover == "zmq"
 
+    @property
+    def tpot_limit_s(self) -> float:
+        """The strictest target of what this gateway has there; inf: none."""
+        return min((each.tpot_target_s for each in self.assigned.values()), default=math.inf)
+
     def backlog_s(self) -> float:
         """How long what this gateway has there takes until its last first token."""
         return self.backlog.seconds(self.load.prompt_steps or GUESSED_PROMPT_STEPS)
@@ -80,7 +85,7 @@ class Worker:
             bytes_per_s=load.pulled_bytes_per_s,
             pushed_bytes_per_s=load.pushed_bytes_per_s,
             num_held=num_held,
-            tpot_limit_s=min((each.tpot_target_s for each in assigned), default=math.inf),
+            tpot_limit_s=self.tpot_limit_s,
             num_placed=self.num_placed,
             worker=self,
         )

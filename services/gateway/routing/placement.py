@@ -6,7 +6,8 @@ cached blocks that it has no copy of, and the computing of the rest; each later 
 the decode worker with this request in its batch. Of the pairs that meet the request's targets the
 one with the least work is taken, so that what is loaded is spared; if none does, or it has no
 targets, the one that serves it soonest and delays others least. A decode worker pairs with itself
-where it may compute the prompt too: a short one, or one whose KV would take longer to move
+where it may compute the prompt too: a short one, one for whose chunks the targets of those that run
+there leave time (services/decode/pace.py), or one whose KV would take longer to move
 (break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
 al., 2025.)
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from heapq import nsmallest
 from typing import Generic, TypeVar
 
-from common.step_times import attended
+from common.step_times import PACED_SHARE, attended
 from services.gateway.routing.break_even import Move, expected_move
 from services.gateway.routing.candidates import Candidate, Wanted
 from services.gateway.routing.decision import MAX_ALTERNATIVES, BreakEven, Decision, Option
@@ -29,6 +30,7 @@ from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOK
 
 _MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
 _EQUAL = 0.05  # two that differ by less take turns: predictions are no better
+_LEAST_SHARE = 0.05  # of a step's time, that prompts get even where targets leave none
 _SESSION_BONUS = 0.1  # of the time, for each worker that the session knows
 
 
@@ -96,8 +98,8 @@ def choose(
     max_local_tokens: int | None,
 ) -> Choice[C]:
     """The best pair of workers. A decode worker may compute up to `max_local_tokens` of a prompt
-    itself and, unless those are 0, any number where moving them does not pay; with None it computes
-    any, as it does where there are no prefill workers."""
+    itself and, unless those are 0, any number where targets pace it or moving them does not pay;
+    with None it computes any, as it does where there are no prefill workers."""
     judge = _Judge(wanted, prefills, decodes, now)
     pairs = list(judge.pairs(max_local_tokens))
     best, *others = nsmallest(MAX_ALTERNATIVES + 1, pairs, key=lambda pair: pair.rank)
@@ -152,7 +154,8 @@ class _Judge(Generic[C]):
                     ready_s, spared = first.total_s + move.residue_s, move
                 yield self._pair(prefill, decode, first, tpot_s, move)
             if spared.pays:
-                ready_s = soonest_s if num_tokens <= max_local_tokens else 0.0
+                may_be_local = num_tokens <= max_local_tokens or _is_paced(decode, self._wanted)
+                ready_s = soonest_s if may_be_local else 0.0
             if max_local_tokens and _may(decode, local, tpot_s, ready_s):
                 yield self._pair(decode, decode, local, tpot_s, spared)
 
@@ -187,7 +190,7 @@ class _Judge(Generic[C]):
             and wanted.waited_s + ttft_s <= self._ttft_limit_s
             and tpot_s <= self._tpot_limit_s
         )
-        if meets and self._has_targets:
+        if meets and wanted.ttft_target_s:
             score_s = first.transfer_s + first.compute_s + moved.transfer_s + answer_s
         else:  # decode fetches what is computed while the rest is
             late_s = max(0.0, moved.transfer_s - first.compute_s)
@@ -201,26 +204,39 @@ class _Judge(Generic[C]):
 
 def _between_tokens(decode: C, first: _FirstToken, tpot_s: float) -> _FirstToken:
     """A prompt that is computed in the steps that give others their tokens: it waits for the
-    running one to end."""
-    running_s = tpot_s if decode.num_sequences else 0.0
+    running one to end. Where targets limit steps it gets what is left of each, and so do those
+    before it."""
+    if not decode.num_sequences:
+        return first
+    if math.isinf(decode.tpot_limit_s):
+        return replace(
+            first,
+            queue_s=first.queue_s + tpot_s / 2,
+            compute_s=first.compute_s + first.num_steps * tpot_s,
+        )
+    step_s = PACED_SHARE * decode.tpot_limit_s
+    share = max(_LEAST_SHARE, 1 - tpot_s / step_s)
     return replace(
-        first,
-        queue_s=first.queue_s + running_s / 2,
-        compute_s=first.compute_s + first.num_steps * running_s,
+        first, queue_s=first.queue_s / share + step_s / 2, compute_s=first.compute_s / share
     )
+
+
+def _is_paced(decode: Candidate, wanted: Wanted) -> bool:
+    """Whether a long prompt there keeps nobody waiting for longer than targets allow."""
+    if not decode.num_sequences:
+        return wanted.tpot_target_s > 0
+    return math.isfinite(decode.tpot_limit_s)
 
 
 def _may(decode: C, local: _FirstToken, tpot_s: float, ready_s: float) -> bool:
     """Whether the prompt is computed sooner than in `ready_s`, when its first token would come from
-    a prefill worker or, where moving does not pay, its KV be here, and those that run here keep to
-    their targets or, without any, lose less by it than the request gains."""
+    a prefill worker or, where moving does not pay, its KV be here, and those that run here have
+    targets, to which its chunks keep, or lose less by it than the request gains."""
     gain_s = ready_s - local.total_s
     if gain_s <= _EQUAL * ready_s or decode.is_full:
         return False
-    if decode.num_sequences == 0:
+    if decode.num_sequences == 0 or math.isfinite(decode.tpot_limit_s):
         return True
-    if math.isfinite(decode.tpot_limit_s):
-        return local.compute_s <= local.num_steps * decode.tpot_limit_s
     return decode.num_sequences * (local.compute_s - local.num_steps * tpot_s) <= gain_s
 
 

@@ -112,10 +112,15 @@ class Placer:
     def _has_opening(self) -> bool:
         """Whether a worker would begin soon with what it is given now, or there is none."""
         workers = self._chooser.prefillers()
-        return not workers or any(
+        if not workers or any(
             len(worker.backlog) < _RUN_UP_REQUESTS or worker.backlog_s() < _RUN_UP_S
             for worker in workers
-        )
+        ):
+            return True
+        # Each helper takes one prompt at a time. Where it is not sooner there, one more waits here.
+        helpers = self._chooser.helpers()
+        num_given = sum(len(worker.backlog) for worker in (*workers, *helpers))
+        return num_given < _RUN_UP_REQUESTS * len(workers) + len(helpers)
 
     def _prompt_s(self, num_tokens: int) -> float:
         """How long a worker takes for a prompt of which nothing is cached."""
