@@ -121,11 +121,12 @@ class Simulation:
             num_tokens=job.arrival.num_tokens,
             takes_s=takes_s,
             due_at=due_at(self._now, takes_s),
+            has_target=False,
         )
 
     def _let_in(self) -> None:
         while self._line and self._has_opening():
-            self._place(self._line.take())
+            self._place(self._line.take(self._now))
 
     def _has_opening(self) -> bool:
         return any(
@@ -153,7 +154,9 @@ class Simulation:
         self._find(job, worker)
         if worker is None:
             job.is_local = True
-            self._first_token(job, decode, decode.prefill(job, self._now))
+            self._first_token(
+                job, decode, decode.prefill(job, self._now, self._policy.tpot_target_s)
+            )
         else:
             self._give(job, worker, decode)
 

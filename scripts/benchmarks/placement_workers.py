@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from common.step_times import StepTimes, attended, due_at
+from common.step_times import PACED_SHARE, StepTimes, attended, due_at
 from common.worker.sequence import Sequence as Prompt
 from common.worker.step_fit import StepFits
 from kvbaton.sampling import SamplingParams
@@ -182,16 +182,20 @@ class DecodeSim:
         heappush(self._ends, (self._num_steps + num_left, self._num_joined, job))
         self._num_context_tokens += job.arrival.num_tokens
 
-    def prefill(self, job: Job, at: float) -> float:
-        """Compute a prompt between the tokens of the others; returns when its first token comes."""
+    def prefill(self, job: Job, at: float, tpot_target_s: float) -> float:
+        """Compute a prompt between the tokens of the others, in steps as long as their target (0:
+        none) allows; returns when its first token comes."""
         self.advance(at)
         self.now = max(self.now, at)
         num_tokens = job.arrival.num_tokens - job.num_cached
         context = attended(num_tokens, job.num_cached)
-        takes_s = self.prompt_steps.prompt_s(num_tokens, context)
-        if self._ends:
-            takes_s += self.steps.step_s(len(self), self._num_context_tokens)
-        self._run(1, takes_s)
+        left_s = self.prompt_steps.prompt_s(num_tokens, context)
+        limit_s = PACED_SHARE * tpot_target_s or math.inf
+        while left_s > 0:
+            others_s = self.steps.step_s(len(self), self._num_context_tokens) if self._ends else 0.0
+            room_s = max(limit_s - others_s, 0.05 * limit_s) if self._ends else math.inf
+            self._run(1, others_s + min(left_s, room_s))
+            left_s -= room_s
         return self.now
 
     def _run(self, num_steps: int, takes_s: float) -> None:

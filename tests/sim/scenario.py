@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from common.engine.mock import MOCK_LAYOUT, mock_output
 from kvbaton.errors import KvbatonError
+from services.gateway.backend import Targets
 from tests.sim.chaos import Chaos, Fault
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate
 from tests.sim.faults import DISK_FAULTS, LINK_FAULTS, PROCESS_FAULTS
@@ -33,6 +34,7 @@ DONE_WITHIN_S = 10.0  # after the last fault, in liveness mode
 _LONGEST_S = {"safety": 5.0, "liveness": 1.5}  # a process is down, or a connection disturbed
 _SOME = (1, 1, 2, 2, 3)
 _DISK_SHARE = 0.4  # of the seeds have a disk tier
+_TARGETS_SHARE = 0.25  # have targets, which pace prompts at decode
 _PATIENCE_S = 90.0  # after the last fault everybody must be well again
 _LIMIT_S = 2000.0
 
@@ -111,6 +113,10 @@ def draw(seed: int, mode: str) -> Plan:
         shape.num_blocks = rng.choice([20, 32, 48])
         shape.disk_bytes = rng.choice([100, 400]) * MOCK_LAYOUT.block_bytes
         faults |= DISK_FAULTS
+    pacing = random.Random(f"{mode} {seed} targets")
+    if pacing.random() < _TARGETS_SHARE:
+        targets = Targets(pacing.choice([20, 200]), pacing.choice([4, 12, 40]))
+        shape.routing = {"targets": targets, "max_local_tokens": 8}
     return Plan(
         shape=shape,
         num_clients=rng.randint(4, 12),

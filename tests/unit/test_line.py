@@ -18,11 +18,12 @@ def add(line: Line[str], item: str, tenant: str = "", **fields: float) -> None:
         num_tokens=int(fields.get("num_tokens", 10)),
         takes_s=fields.get("takes_s", 1.0),
         due_at=fields.get("due_at", 0.0),
+        has_target=bool(fields.get("has_target", False)),
     )
 
 
-def take(line: Line[str], count: int) -> list[str]:
-    return [line.take() for _ in range(count)]
+def take(line: Line[str], count: int, now: float = 0.0) -> list[str]:
+    return [line.take(now) for _ in range(count)]
 
 
 def test_a_lower_priority_goes_first_and_among_equals_the_one_that_is_due() -> None:
@@ -32,6 +33,23 @@ def test_a_lower_priority_goes_first_and_among_equals_the_one_that_is_due() -> N
     add(line, "urgent", priority=-1, due_at=50)
     add(line, "same", due_at=3)
     assert take(line, 4) == ["urgent", "soon", "same", "late"]
+
+
+def test_who_is_too_late_lets_those_pass_who_need_not_be() -> None:
+    line: Line[str] = Line()
+    for item, due_at in (("lost", 4), ("no target", 4.5), ("soon", 6), ("lost too", 4.9)):
+        add(line, item, due_at=due_at, has_target=item != "no target")
+    assert take(line, 4, now=4.0) == ["no target", "soon", "lost", "lost too"]
+
+
+def test_who_is_too_late_does_not_wait_for_ever() -> None:
+    line: Line[str] = Line()
+    add(line, "lost", due_at=1, has_target=True)
+    for number in range(20):
+        add(line, f"next-{number}", due_at=9, has_target=True)
+        if line.take(5.0) == "lost":
+            break
+    assert number < 8
 
 
 def test_a_tenant_that_floods_gets_no_more_than_another() -> None:
@@ -104,7 +122,7 @@ def test_nobody_starves(steps: list[tuple[int, str, int, bool]]) -> None:
 
     def turn() -> None:
         nonlocal num_turns
-        item = line.take()
+        item = line.take(0.0)
         num_turns += 1
         assert num_turns <= most_turns.pop(item)
 
@@ -124,6 +142,6 @@ def test_a_flood_of_the_highest_priority_does_not_starve_the_lowest() -> None:
     add(line, "patient", priority=100)
     for number in range(20):
         add(line, f"urgent-{number}", priority=-100)
-        if line.take() == "patient":
+        if line.take(0.0) == "patient":
             break
     assert number < 8

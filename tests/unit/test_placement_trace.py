@@ -36,7 +36,7 @@ def test_ours_finds_more_cached_and_gains_by_its_order(
     assert figures["ours"]["mean_ttft_s"] < figures["arrival"]["mean_ttft_s"]
 
 
-def test_a_decode_worker_that_computes_short_rests_saves_time_and_keeps_its_pace(
+def test_a_decode_worker_that_computes_prompts_saves_time_and_keeps_its_target(
     figures: dict[str, dict[str, float]],
 ) -> None:
     local = dataclasses.replace(OURS, max_local_tokens=1024, tpot_target_s=0.2)
@@ -44,7 +44,7 @@ def test_a_decode_worker_that_computes_short_rests_saves_time_and_keeps_its_pace
     assert with_local["by_decode"] > 0.05
     assert with_local["mean_ttft_s"] < figures["ours"]["mean_ttft_s"]
     assert with_local["p50_ttft_s"] < figures["ours"]["p50_ttft_s"]
-    assert with_local["p99_tpot_s"] < 1.2 * figures["ours"]["p99_tpot_s"]
+    assert with_local["p99_tpot_s"] < local.tpot_target_s
 
 
 def test_a_replay_is_the_same_each_time() -> None:

@@ -79,7 +79,7 @@ class Placer:
         """A worker may have room for another, or whoever was let in has taken its place: it is the
         next one's turn."""
         if self.line and self._has_opening():
-            self.line.take().set_result(None)
+            self.line.take(self._clock.now()).set_result(None)
 
     def ended(self, stream: RequestStream) -> None:
         """A request is over: its output counts among tenants, too."""
@@ -100,6 +100,7 @@ class Placer:
             num_tokens=len(request.prompt),
             takes_s=takes_s,
             due_at=received_at + target_s if target_s else due_at(received_at, takes_s),
+            has_target=target_s > 0,
         )
         try:
             await first_of(turn)  # awaiting it itself would cancel it while it is in the line
