@@ -74,7 +74,7 @@ class Load:
         """The most important in a line."""
         ttft_s, tpot_s = self.percentiles("ttft_s")[0], self.percentiles("tpot_s")[0]
         finished = len(self.finished)
-        within = "" if targets is None else f", {self.attainment(targets):.0%} within {targets}"
+        within = "" if targets is None else f", {self.attainment(targets):.0%} within targets"
         return (
             f"{self.title}: {finished} of {self.spec.count}, {finished / self.seconds:.2f} a "
             f"second, TTFT {ttft_s * 1000:.0f} ms, TPOT {tpot_s * 1000:.1f} ms{within}"

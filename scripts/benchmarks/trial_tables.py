@@ -84,9 +84,7 @@ def _add_overheads(report: Report, title: str, trial: Trial) -> None:
         for load in trial.loads
     ]
     columns = ("load", *names, "gateway and store: of a core, at 100 tokens/s")
-    report.table(
-        f"{title}: share of a busy worker's time in which its model does not compute", columns, rows
-    )
+    report.table(f"{title}: of a busy worker's time, what is not arithmetic", columns, rows)
 
 
 def _percent(share: float | None) -> str:

@@ -220,8 +220,8 @@ class Trials:
 
 def last_of(tried: Sequence[Trial]) -> Trial | None:
     """The last that is whole, if there is one; else the last."""
-    whole = [trial for trial in tried if trial.is_whole]
-    return (whole or list(tried) or [None])[-1]
+    whole = [trial for trial in tried if trial.is_whole] or tried
+    return whole[-1] if whole else None
 
 
 def rates_and_attainment(trials: Iterable[Trial]) -> list[tuple[float, float]]:

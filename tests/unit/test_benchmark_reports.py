@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks import compare, engines, trials
+from scripts.benchmarks import compare, engines, targets, trials
 from scripts.benchmarks.attainment import Outcome
 from scripts.benchmarks.clusters import busy_of
 from scripts.benchmarks.load_generator import End, LoadSpec
@@ -74,8 +74,8 @@ def test_what_was_compared_before_it_was_ended_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = Server("http://nowhere", "demo")
-    monkeypatch.setattr(compare.targets, "server", lambda *_: nullcontext(server))
-    # Loads of a target's round: a warm up, then alone. The fourth target's turn ends in the latter.
+    monkeypatch.setattr(targets, "server", lambda *_: nullcontext(server))
+    # In its turn a target has a warm up, then a load alone. The fourth turn is ended in the latter.
     monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=8))
     path = tmp_path / "found.json"
     options = _options("one", "other", "--closed", "1", "--closed-requests", "3")
@@ -99,7 +99,7 @@ def test_what_was_compared_before_it_was_ended_is_told(
 
 
 def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare.targets, "server", lambda *_: nullcontext(Server("", "")))
+    monkeypatch.setattr(targets, "server", lambda *_: nullcontext(Server("", "")))
     monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=1))
     report = compare.run(_options("one", "other", "--goodput"))
     assert (report.is_whole, report.settings["rounds"]) == (False, 0)
