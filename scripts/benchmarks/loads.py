@@ -124,7 +124,13 @@ def run_load(title: str, spec: LoadSpec, server: Server, cores: list[int] | None
 def _generate(load: Load, cores: list[int] | None) -> End:
     command = [sys.executable, "-m", "scripts.benchmarks.load_generator"]
     with on_cores(cores):
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for us: we end it
+        )
     end: End | None = None
     with process, progress(load.title, load.spec.count) as advance:
         assert process.stdin is not None
