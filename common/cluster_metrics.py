@@ -48,6 +48,8 @@ _WORKER_GAUGES: Mapping[str, tuple[str, Callable[[WorkerRow], float]]] = {
 _WORKER_COUNTERS: Mapping[str, tuple[str, Callable[[WorkerCounts], float]]] = {
     "steps": ("Steps of the engine", lambda counts: counts.num_steps),
     "step_seconds": ("Time that they took", lambda counts: counts.step_s),
+    "busy_seconds": ("Time in which there was a step to run", lambda counts: counts.busy_s),
+    "arithmetic_seconds": ("Time in which the model computed", lambda counts: counts.arithmetic_s),
     "preemptions": ("Sequences that gave way to others", lambda counts: counts.num_preemptions),
     "messages_refused": (
         "Messages that their sender had no right to",

@@ -99,6 +99,7 @@ class MockEngine:
         )
         self._step_s = step_s
         self._token_s = token_s
+        self.arithmetic_s = 0.0
         self._kv: UInt64Array | None = None
 
     def attach(self, arena: memoryview) -> None:
@@ -110,7 +111,9 @@ class MockEngine:
 
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
         """Writes at the end of the step, as late as a real engine might."""
-        await asyncio.sleep(self._step_s + self._token_s * sum(work.num_tokens for work in works))
+        arithmetic_s = self._step_s + self._token_s * sum(work.num_tokens for work in works)
+        await asyncio.sleep(arithmetic_s)
+        self.arithmetic_s += arithmetic_s
         for work in works:
             self._write(work)
             if work.prompt_logprobs is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,7 @@ class TorchEngine:
         computed: see quantization.py. Raises ModelError for a folder or settings that cannot be
         served.
         """
+        self.arithmetic_s = 0.0
         self._device = self._choose_device(device, attention)
         _check_settings(threads, block_size)
         _check_choice("quantization", quantization, QUANTIZATIONS)
@@ -153,7 +156,14 @@ class TorchEngine:
         """Compute the step; the logits of the rows that are sampled, [rows, vocab_size] in fp32."""
         hidden, step = self._forward(works)
         self._score(works, hidden)
-        return self.model.logits(hidden, step.sample_rows)
+        return self._compute(self.model.logits, hidden, step.sample_rows)
+
+    def _compute(self, part: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        """part(*inputs) of the model; how long it takes is counted."""
+        begun = time.perf_counter()
+        computed = part(*inputs)
+        self.arithmetic_s += time.perf_counter() - begun
+        return computed
 
     def _draw(self, logits: torch.Tensor, works: Sequence[Work]) -> list[Sampled | None]:
         return sample(logits.numpy(), works, self.info.eos_token_ids, self._grammars)
@@ -162,7 +172,7 @@ class TorchEngine:
         """Write the works' KV; what Model.forward gave for their positions, one after another."""
         assert self._cache is not None, "attach an arena first"
         step, batch = self._prepare(works, self._cache.num_blocks)
-        return self.model.forward(step, batch, self._cache), step
+        return self._compute(self.model.forward, step, batch, self._cache), step
 
     def _score(self, works: Sequence[Work], hidden: torch.Tensor) -> None:
         """Set the scores of the works that want them."""
@@ -177,7 +187,8 @@ class TorchEngine:
         """Of one work, whose rows come first in `hidden`; a few rows have logits at a time."""
         for begin in range(0, work.num_scored, _SCORED_AT_ONCE):
             end = min(begin + _SCORED_AT_ONCE, work.num_scored)
-            logits = self.model.logits(hidden, torch.arange(begin, end, device=hidden.device))
+            rows = torch.arange(begin, end, device=hidden.device)
+            logits = self._compute(self.model.logits, hidden, rows)
             following = work.tokens[work.start + begin + 1 : work.start + end + 1]
             yield score(logits.cpu().numpy(), following, count)
 

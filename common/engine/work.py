@@ -101,11 +101,13 @@ class Engine(Protocol):
     """What a worker needs of an engine. The live one computes on its own thread.
 
     `device_memory` is there, from attach on, if the engine does not compute in the memory that it
-    is given.
+    is given. `arithmetic_s`: for how long its model has computed so far; 0 where it does so on its
+    own, on a device.
     """
 
     info: ModelInfo
     device_memory: DeviceMemory | None
+    arithmetic_s: float
 
     def attach(self, arena: memoryview) -> None:
         """Use `arena` (a whole number of blocks of info.layout) as the KV memory."""

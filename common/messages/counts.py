@@ -30,11 +30,17 @@ class Distribution(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class WorkerCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Of one process. A transfer is one message of blocks, there and back, between the worker and
-    a store whose memory it does not share; `num_transfers_failed` are not among the others."""
+    """Of one process. `step_s` is spent in the engine, `arithmetic_s` of it in the model (0
+    where that is not known: work.Engine); `busy_s` from one step to the next, while there are any.
+
+    A transfer is one message of blocks, there and back, between the worker and a store whose memory
+    it does not share; `num_transfers_failed` are not among the others.
+    """
 
     num_steps: Total = 0
     step_s: Amount = 0.0
+    busy_s: Amount = 0.0
+    arithmetic_s: Amount = 0.0
     step_tokens: Distribution = msgspec.field(default_factory=Distribution)
     num_preemptions: Total = 0
     num_messages_refused: Total = 0

@@ -66,9 +66,12 @@ class StepLoop:
         """Never ends."""
         while True:
             async with self.engine_free:
+                begun_at, before_s = self._clock.now(), self._engine.arithmetic_s
                 plan = self._planner.plan_step()
                 if plan:
                     await self._step(plan)
+                    self._counts.busy_s += self._clock.now() - begun_at
+                    self._counts.arithmetic_s += self._engine.arithmetic_s - before_s
             self._notifier.beat()
             if not plan:
                 await self._notifier.wait(self.wake)

@@ -58,6 +58,8 @@ def main() -> None:
     report.show()
     if options.json is not None:
         report.write(options.json)
+    if not report.is_whole:
+        sys.exit("ended early: this is what was measured until then")
 
 
 if __name__ == "__main__":

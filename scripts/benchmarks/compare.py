@@ -11,28 +11,27 @@ with; where --ttft is a multiple, it is of the first one's unloaded time in the 
 from __future__ import annotations
 
 import argparse
-import tempfile
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from scripts.benchmarks import engines, plots, targets, trials
 from scripts.benchmarks.attainment import Targets
-from scripts.benchmarks.measure import all_cores, spread
-from scripts.benchmarks.report import Report
+from scripts.benchmarks.measure import spread
+from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_loads, add_shares, goodput_text
-from scripts.benchmarks.trials import Plan, Trial, Trials, core_list, make_plan
+from scripts.benchmarks.trial_tables import add_bound, add_tables, goodput_text
+from scripts.benchmarks.trials import Plan, Trial, Trials, last_of, make_plan
+
+Found = Mapping[str, list[Trial]]  # one trial a round, by target
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this case."""
     add = parser.add_argument
     add("target", nargs="+", help="what to compare; see above")
-    engines.add_model_options(parser)
-    add("--cores", help="cores of every server, such as 0,1 (default: all)")
+    targets.add_options(parser)
     add("--rounds", type=int, default=3, help="of each target (default: 3)")
-    add("--prefill", type=int, default=1, metavar="N", help="kvbaton's prefill workers")
-    add("--decode", type=int, default=1, metavar="N", help="kvbaton's decode workers")
     add("--vllm-venv", type=Path, metavar="DIR", help="virtual environment with vLLM")
     add("--llama-venv", type=Path, metavar="DIR", help="one with llama-cpp-python and gguf")
     trials.add_options(parser)
@@ -41,72 +40,77 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Measure."""
-    with (
-        engines.model_folder(options) as model,
-        tempfile.TemporaryDirectory(prefix="kvbaton-bench-") as folder,
-    ):
-        setting = Setting(
-            model=model,
-            cores=core_list(options.cores) or all_cores(),
-            folder=Path(folder),
-            num_prefill=options.prefill,
-            num_decode=options.decode,
-            vllm_venv=options.vllm_venv,
-            llama_venv=options.llama_venv,
+    venvs = {"vllm_venv": options.vllm_venv, "llama_venv": options.llama_venv}
+    found: Found = {name: [] for name in options.target}
+    with targets.setting_of(options, **venvs) as setting:
+        plan = make_plan(options, engines.vocab_of(setting.model))
+        report = report_of(
+            _rounds(found, plan, setting, options.rounds),
+            lambda: _report(options, plan, setting, found),
+            options.json,
         )
-        plan = make_plan(options, engines.vocab_of(model))
-        found = _measure(options.target, plan, setting, options.rounds)
-    return _report(options, plan, setting, found)
+    if options.plots is not None:
+        plots.draw_trials(options.plots, "compare", found, plan)
+    return report
 
 
-def _measure(names: list[str], plan: Plan, setting: Setting, rounds: int) -> dict[str, list[Trial]]:
-    found: dict[str, list[Trial]] = {name: [] for name in names}
+def _rounds(found: Found, plan: Plan, setting: Setting, count: int) -> Generator[None, None, None]:
+    names = list(found)
     fixed: Targets | None = None
-    for number in range(rounds):
+    for number in range(count):
         first = number % len(names)
         in_round = replace(plan, seed=plan.seed + 1000 * number)
         for name in names[first:] + names[:first]:
             before = found[name][-1].goodput if found[name] else None
+            title = f"{name}, round {number + 1} of {count}"
             with targets.server(name, setting) as served:
-                found[name].append(Trials(in_round, served, fixed).run(before))
-            if fixed is None:
-                fixed = found[name][0].targets
-    return found
+                one = Trials(title, in_round, served, fixed)
+                found[name].append(one.trial)
+                one.run(before)
+            fixed = fixed or one.trial.targets
+        yield
 
 
-def _report(
-    options: argparse.Namespace, plan: Plan, setting: Setting, found: dict[str, list[Trial]]
-) -> Report:
-    first = found[options.target[0]]
+def _report(options: argparse.Namespace, plan: Plan, setting: Setting, found: Found) -> Report:
+    first, *_ = found.values()
     report = Report(
         "compare",
         {
             "model": engines.name_of(options),
             "mix": plan.mix,
             "cores": setting.cores,
-            "targets": str(first[0].targets),
+            "targets": str(first[0].targets) if first else None,
             "requests": plan.num_requests,
-            "rounds": len(first),
+            "rounds": min(sum(trial.is_whole for trial in tried) for tried in found.values()),
         },
     )
     for name, tried in found.items():
         report.figures[name] = {"rounds": [trial.figures() for trial in tried]}
-        add_loads(report, f"{name}, last round", tried[-1])
-        add_shares(report, f"{name}, last round", tried[-1])
-    for load in first[0].loads:
+        if last := last_of(tried):
+            add_tables(report, f"{name}, last round", last)
+    base = last_of(first)
+    if base is None:
+        return report
+    for load in base.loads:
         if not load.spec.rate or load.spec.rate in plan.rates:
             _add_figures(report, found, load.title)
     if plan.is_goodput:
         _add_goodput(report, found)
         for name, tried in found.items():
             report.note(f"{name}: {goodput_text(tried, plan.precision)}")
-        add_bound(report, first[-1], options.prefill, len(setting.cores))
-    if options.plots is not None:
-        plots.draw_trials(options.plots, "compare", found, plan)
+        add_bound(report, base, options.prefill, len(setting.cores))
     return report
 
 
-def _add_figures(report: Report, found: dict[str, list[Trial]], title: str) -> None:
+def _in_both(
+    own: Sequence[float | None], base: Sequence[float | None]
+) -> list[tuple[float, float]]:
+    """The figures of each round that has both: one that was ended early may lack them."""
+    pairs = zip(own, base, strict=False)
+    return [(mine, its) for mine, its in pairs if mine is not None and its is not None]
+
+
+def _add_figures(report: Report, found: Found, title: str) -> None:
     """One load of all targets: medians over rounds, and each round's ratio to the first target."""
     rows = []
     names = ("requests_per_s", "ttft_s", "tpot_s", "step_s")
@@ -118,11 +122,12 @@ def _add_figures(report: Report, found: dict[str, list[Trial]], title: str) -> N
     for target, own in values.items():
         cells = [target]
         for name, scale, digits in zip(names, (1, 1e3, 1e3, 1e3), (2, 0, 1, 1), strict=True):
-            if not all(own[name]) or not all(base[name]):
+            pairs = _in_both(own[name], base[name])
+            if not pairs:
                 cells += ["", ""]
                 continue
-            ratio = spread(a / b for a, b in zip(own[name], base[name], strict=True))
-            cells += [spread(own[name]).text(scale, digits), f"{ratio.median:.2f}"]
+            ratio = spread(mine / its for mine, its in pairs)
+            cells += [spread(mine for mine, _ in pairs).text(scale, digits), f"{ratio.median:.2f}"]
             report.figures[target][f"{title}, {name}, ratio"] = ratio
         rows.append(tuple(cells))
     columns = (
@@ -132,26 +137,26 @@ def _add_figures(report: Report, found: dict[str, list[Trial]], title: str) -> N
     report.table(f"{title}: median (p10 to p90) of rounds, ratio to the first", columns, rows)
 
 
-def _figure(trial: Trial, title: str, name: str) -> float:
-    """Of the load with that title; 0 if there is none."""
+def _figure(trial: Trial, title: str, name: str) -> float | None:
+    """Of the load with that title; None where there is no such figure, or no such load."""
     for load in trial.loads:
         if load.title == title:
             figures = load.figures(None)
-            if name in figures:
-                return float(figures[name] or 0.0)
-            return load.percentiles(name)[0]
-    return 0.0
+            return (figures[name] if name in figures else load.percentiles(name)[0]) or None
+    return None
 
 
-def _add_goodput(report: Report, found: dict[str, list[Trial]]) -> None:
+def _add_goodput(report: Report, found: Found) -> None:
     rows = []
-    goodputs = {name: [trial.goodput or 0.0 for trial in tried] for name, tried in found.items()}
+    goodputs = {name: [trial.goodput for trial in tried] for name, tried in found.items()}
     base = next(iter(goodputs.values()))
     for target, own in goodputs.items():
-        times = spread(
-            ours / theirs if theirs else 0.0 for ours, theirs in zip(base, own, strict=True)
-        )
-        report.figures[target] |= {"goodput": spread(own), "first_over_this": times}
-        rows.append((target, spread(own).text(digits=3), times.text(digits=2)))
+        pairs = _in_both(own, base)
+        if not pairs:
+            continue
+        times = spread(its / mine if mine else 0.0 for mine, its in pairs)
+        goodput = spread(mine for mine, _ in pairs)
+        report.figures[target] |= {"goodput": goodput, "first_over_this": times}
+        rows.append((target, goodput.text(digits=3), times.text(digits=2)))
     columns = ("target", "goodput, requests/s", "the first is so many times as good")
     report.table("goodput: median (p10 to p90) of rounds", columns, rows)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from scripts.benchmarks.progress import progress, say
 
 K = TypeVar("K", bound=Hashable)
 
@@ -39,6 +42,14 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(float(p10), float(median), float(p90), len(found))
 
 
+def cpu_seconds_of_all() -> float:
+    """CPU time that all processes of this machine have used, and that its host took from them."""
+    with Path("/proc/stat").open(encoding="ascii") as file:
+        ticks = list(map(int, file.readline().split()[1:9]))
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def pin(core: int | None) -> int:
     """Keep this process on one core, the last it may use unless one is named; returns which."""
     chosen = max(os.sched_getaffinity(0)) if core is None else core
@@ -49,6 +60,17 @@ def pin(core: int | None) -> int:
 def all_cores() -> list[int]:
     """Those that this process may use."""
     return sorted(os.sched_getaffinity(0))
+
+
+def core_list(text: str | None) -> list[int] | None:
+    """Such as 0,1 or 0-3."""
+    if text is None:
+        return None
+    cores: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores += range(int(first), int(last or first) + 1)
+    return cores
 
 
 @contextmanager
@@ -70,12 +92,16 @@ def collect(parts: Sequence[Callable[[], Mapping[K, float]]], rounds: int) -> di
     A slow phase of the machine so falls on all parts. One more round comes first and is not kept.
     """
     found: dict[K, list[float]] = {}
-    for number in range(rounds + 1):
-        for part in parts if number % 2 == 0 else parts[::-1]:
-            figures = part()
-            if number:
-                for name, value in figures.items():
-                    found.setdefault(name, []).append(value)
+    begun = time.perf_counter()
+    with progress("rounds", rounds + 1) as advance:
+        for number in range(rounds + 1):
+            for part in parts if number % 2 == 0 else parts[::-1]:
+                figures = part()
+                if number:
+                    for name, value in figures.items():
+                        found.setdefault(name, []).append(value)
+            advance()
+            say(f"round {number} of {rounds}, after {time.perf_counter() - begun:.0f} s")
     return found
 
 

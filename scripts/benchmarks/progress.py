@@ -1,4 +1,5 @@
-"""A progress bar on the terminal, drawn only when something was done: it costs nothing between."""
+"""How far a measurement is, on stderr: on a terminal a bar, drawn only when something was done, so
+that it costs nothing between; elsewhere a line for each part that ended."""
 
 from __future__ import annotations
 
@@ -30,3 +31,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
             bar.refresh()
 
         yield advance
+
+
+def say(line: str) -> None:
+    """Show a line where there is no terminal, for whoever follows a log."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(line, file=console.file, flush=True)  # rich would break the line

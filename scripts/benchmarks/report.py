@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ _WIDTH = 100
 
 
 class Report:
-    """One run of one case. `settings` says what was measured; figures are added as they come."""
+    """One run of one case. `settings` says what was measured; figures are added as they come.
+
+    `is_whole`: nobody ended it before all was measured.
+    """
 
     def __init__(self, case: str, settings: dict[str, Any]) -> None:
         self.case = case
         self.settings = settings
         self.figures: dict[str, Any] = {}
+        self.is_whole = True
         self._tables: list[Table] = []
         self._notes: list[str] = []
 
@@ -54,7 +59,10 @@ class Report:
             console.print(note)
 
     def write(self, path: Path) -> None:
-        """Write case, settings, machine and figures as JSON; a Spread becomes its fields."""
+        """Write case, settings, machine and figures as JSON; a Spread becomes its fields.
+
+        The file is replaced as a whole: whenever this process ends, it is one report or the next.
+        """
         content = {
             "case": self.case,
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -63,7 +71,29 @@ class Report:
             "figures": self.figures,
         }
         text = json.dumps(content, indent=2, default=_plain)
-        path.write_text(text + "\n", encoding="utf-8")
+        draft = path.with_name(f"{path.name}.new")
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(path)
+
+
+def report_of(
+    rounds: Generator[None, None, None], report: Callable[[], Report], path: Path | None
+) -> Report:
+    """What `report` makes of all that the rounds have measured; they run as they are asked for.
+
+    It is written to `path` after each of them. SIGINT or SIGTERM ends them early, and the report is
+    then of what was measured until there.
+    """
+    try:
+        with closing(rounds):
+            for _ in rounds:
+                if path is not None:
+                    report().write(path)
+    except (KeyboardInterrupt, SystemExit):
+        found = report()
+        found.is_whole = False
+        return found
+    return report()
 
 
 def _plain(value: object) -> Any:

@@ -12,15 +12,13 @@ see compare.
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
+from collections.abc import Generator
 
 from scripts.benchmarks import engines, plots, targets, trials
-from scripts.benchmarks.measure import all_cores
-from scripts.benchmarks.report import Report
+from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_loads, add_shares, goodput_text
-from scripts.benchmarks.trials import Plan, Trial, Trials, core_list, make_plan
+from scripts.benchmarks.trial_tables import add_bound, add_tables, goodput_text
+from scripts.benchmarks.trials import Plan, Trial, Trials, last_of, make_plan
 
 _URL_VOCAB = 2048
 
@@ -28,14 +26,11 @@ _URL_VOCAB = 2048
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this case."""
     add = parser.add_argument
-    engines.add_model_options(parser)
+    targets.add_options(parser)
     add("--url", help="load this server, such as http://127.0.0.1:8000")
     add("--vocab", type=int, help="tokens that prompts are made of (default: the model's)")
     add("--mode", choices=("disaggregated", "colocated"), default="disaggregated")
-    add("--prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
-    add("--decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
     add("--workers", type=int, metavar="N", help="colocated workers (default: one for each core)")
-    add("--cores", help="cores of the cluster, such as 0,1 (default: all)")
     add("--set", default="", metavar="SETTINGS", help="such as decode.max_num_seqs=32,store.X=Y")
     add("--rounds", type=int, default=1, help="everything this often (default: 1)")
     trials.add_options(parser)
@@ -44,30 +39,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Measure."""
-    with (
-        engines.model_folder(options) as model,
-        tempfile.TemporaryDirectory(prefix="kvbaton-bench-") as folder,
-    ):
-        setting = Setting(
-            model=model,
-            cores=core_list(options.cores) or all_cores(),
-            folder=Path(folder),
-            num_prefill=options.prefill,
-            num_decode=options.decode,
-            num_colocated=options.workers,
+    target = _target(options)
+    found: list[Trial] = []
+    with targets.setting_of(options, num_colocated=options.workers) as setting:
+        model_vocab = _URL_VOCAB if options.url else engines.vocab_of(setting.model)
+        plan = make_plan(options, options.vocab or model_vocab)
+        report = report_of(
+            _rounds(found, plan, setting, target, options.rounds),
+            lambda: _report(options, plan, setting, target, found),
+            options.json,
         )
-        vocab = options.vocab or (_URL_VOCAB if options.url else engines.vocab_of(model))
-        plan = make_plan(options, vocab)
-        target = f"url={options.url}"
-        if options.url is None:
-            kind = "kvbaton-colocated" if options.mode == "colocated" else "kvbaton"
-            target = f"{kind}:{options.set}" if options.set else kind
-        found: list[Trial] = []
-        with targets.server(target, setting) as served:
-            for _ in range(options.rounds):
-                start = found[-1].goodput if found else None
-                found.append(Trials(plan, served).run(start))
-    return _report(options, plan, setting, target, found)
+    if options.plots is not None:
+        plots.draw_trials(options.plots, "serve", {target: found}, plan)
+    return report
+
+
+def _target(options: argparse.Namespace) -> str:
+    if options.url is not None:
+        return f"url={options.url}"
+    kind = "kvbaton-colocated" if options.mode == "colocated" else "kvbaton"
+    return f"{kind}:{options.set}" if options.set else kind
+
+
+def _rounds(
+    found: list[Trial], plan: Plan, setting: Setting, target: str, count: int
+) -> Generator[None, None, None]:
+    with targets.server(target, setting) as served:
+        for number in range(1, count + 1):
+            before = found[-1].goodput if found else None
+            one = Trials(f"{target}, round {number} of {count}", plan, served)
+            found.append(one.trial)
+            one.run(before)
+            yield
 
 
 def _report(
@@ -80,19 +83,15 @@ def _report(
             "model": engines.name_of(options),
             "mix": plan.mix,
             "cores": setting.cores,
-            "targets": str(found[0].targets),
+            "targets": str(found[0].targets) if found else None,
             "requests": plan.num_requests,
         },
     )
     report.figures["rounds"] = [trial.figures() for trial in found]
     for number, trial in enumerate(found, 1):
-        title = f"round {number}, {trial.targets}"
-        add_loads(report, title, trial)
-        add_shares(report, title, trial)
-    if plan.is_goodput:
+        add_tables(report, f"round {number}, {trial.targets}", trial)
+    if plan.is_goodput and (last := last_of(found)):
         report.note(goodput_text(found, plan.precision))
         num_prefill = options.prefill if options.mode == "disaggregated" else len(setting.cores)
-        add_bound(report, found[-1], num_prefill, len(setting.cores))
-    if options.plots is not None:
-        plots.draw_trials(options.plots, "serve", {target: found}, plan)
+        add_bound(report, last, num_prefill, len(setting.cores))
     return report

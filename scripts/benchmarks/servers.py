@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.benchmarks.measure import on_cores
 from tests.ports import free_port
@@ -36,15 +37,24 @@ class Setting:
     llama_venv: Path | None = None
 
 
+class Busy(NamedTuple):
+    """Seconds in which a worker had steps to run, and those of them in which its model computed."""
+
+    steps_s: float
+    arithmetic_s: float
+
+
 @dataclass(frozen=True)
 class Server:
     """One that runs. `first_url`: see LoadSpec. `pids`: processes whose CPU time is of interest, by
-    name. `is_kvbaton`: requests may say which targets they have. `clear`: called before a load."""
+    name: all or none. `busy`: of each worker since its start, by name. `is_kvbaton`: requests may
+    say which targets they have. `clear`: called before a load."""
 
     url: str
     model: str
     first_url: str = ""
     pids: Mapping[str, int] = field(default_factory=dict)
+    busy: Callable[[], Mapping[str, Busy]] = dict
     is_kvbaton: bool = False
     clear: Callable[[], None] = lambda: None
 

@@ -15,7 +15,15 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def add_loads(report: Report, title: str, trial: Trial) -> None:
+def add_tables(report: Report, title: str, trial: Trial) -> None:
+    """All that a trial's loads tell."""
+    if trial.loads:
+        _add_loads(report, title, trial)
+        _add_shares(report, title, trial)
+        _add_overheads(report, title, trial)
+
+
+def _add_loads(report: Report, title: str, trial: Trial) -> None:
     """A table with a row for each load, and what went wrong."""
     rows = [_row(load, trial.targets) for load in trial.loads]
     report.table(f"{title}; times are p50/p90", _COLUMNS, rows)
@@ -44,30 +52,54 @@ def _pair(load: Load, name: str, scale: float, digits: int) -> str:
     return "/".join(f"{value * scale:.{digits}f}" for value in load.percentiles(name)[:2])
 
 
-def add_shares(report: Report, title: str, trial: Trial) -> None:
-    """How much of a core the load and each of the server's processes took, and how late requests
-    were sent."""
-    names = list(trial.loads[0].server_shares) if trial.loads else []
+def _add_shares(report: Report, title: str, trial: Trial) -> None:
+    """How much of a core the load, each of the server's processes and all else took, and how late
+    requests were sent."""
+    names = list(trial.loads[0].server_shares)
     rows = [
         (
             load.title,
             f"{load.percentiles('late_s')[2] * 1000:.1f}",
             f"{load.generator_share:.1%}",
             *(f"{load.server_shares[name]:.1%}" for name in names),
+            _percent(load.others_share),
         )
         for load in trial.loads
     ]
-    columns = ("load", "late p99, ms", "generator", *names)
+    columns = ("load", "late p99, ms", "generator", *names, "all else")
     report.table(f"{title}: shares of a core", columns, rows)
+
+
+def _add_overheads(report: Report, title: str, trial: Trial) -> None:
+    """What is not arithmetic: see Load."""
+    names = list(trial.loads[0].overheads)
+    if not names:
+        return
+    rows = [
+        (
+            load.title,
+            *(_percent(load.overheads[name]) for name in names),
+            _percent(load.control_share),
+        )
+        for load in trial.loads
+    ]
+    columns = ("load", *names, "gateway and store: of a core, at 100 tokens/s")
+    report.table(f"{title}: of a busy worker's time, what is not arithmetic", columns, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def add_bound(report: Report, trial: Trial, num_prefill: int, num_cores: int) -> None:
     """The rate at which random arrivals alone, before the prompts' computation, use up the targets.
 
-    `num_prefill` cores that only prefill, and all `num_cores` pooled: see queueing.rate_bound.
+    `num_prefill` cores that only prefill, and all `num_cores` pooled: see queueing.rate_bound. None
+    is shown for a trial that was ended before it had targets.
     """
     targets = trial.targets
-    assert targets is not None
+    if targets is None:
+        return
     service_s = trial.unloaded_ttft_s
     for text, cores in (
         (f"{num_prefill} prefill core(s)", num_prefill),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from scripts.benchmarks.arrivals import mix_of
 from scripts.benchmarks.attainment import Targets
 from scripts.benchmarks.load_generator import LoadSpec
 from scripts.benchmarks.loads import Load, run_load
+from scripts.benchmarks.measure import core_list
+from scripts.benchmarks.progress import say
 from scripts.benchmarks.search import confirm, find_rate
 from scripts.benchmarks.servers import Server
 
@@ -51,12 +54,16 @@ class Plan:
 
 @dataclass
 class Trial:
-    """What one server did. `goodput` is requests a second, None if it was not looked for."""
+    """What one server did. `goodput` is requests a second, None if it was not looked for.
+
+    `is_whole`: all was measured.
+    """
 
     loads: list[Load] = field(default_factory=list)
     targets: Targets | None = None
     unloaded_ttft_s: float = 0.0
     goodput: float | None = None
+    is_whole: bool = False
 
     def figures(self) -> dict[str, Any]:
         """All there is to write down."""
@@ -65,6 +72,7 @@ class Trial:
             "targets": None if targets is None else str(targets),
             "unloaded_ttft_s": self.unloaded_ttft_s,
             "goodput": self.goodput,
+            "is_whole": self.is_whole,
             "loads": [load.figures(targets) for load in self.loads],
         }
 
@@ -121,30 +129,23 @@ def make_plan(options: argparse.Namespace, vocab: int) -> Plan:
     )
 
 
-def core_list(text: str | None) -> list[int] | None:
-    """Such as 0,1 or 0-3."""
-    if text is None:
-        return None
-    cores: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
-
-
 class Trials:
-    """Puts a server through a plan."""
+    """Puts a server through a plan. `trial` has what it did so far."""
 
-    def __init__(self, plan: Plan, served: Server, targets: Targets | None = None) -> None:
-        """`targets`: instead of those that follow from this server's own unloaded latency."""
+    def __init__(
+        self, name: str, plan: Plan, served: Server, targets: Targets | None = None
+    ) -> None:
+        """`name`: what to call it while it runs. `targets`: instead of those that follow from this
+        server's own unloaded latency."""
+        self.trial = Trial()
+        self._name = name
         self._plan = plan
         self._server = served
         self._fixed = targets
-        self._trial = Trial()
 
-    def run(self, start: float | None = None) -> Trial:
+    def run(self, start: float | None = None) -> None:
         """All of it. `start`: where to look for the goodput first."""
-        plan, trial = self._plan, self._trial
+        plan, trial = self._plan, self.trial
         self._load("warm up", clients=2, count=_WARM_UP)
         for clients in plan.closed:
             title = "alone" if clients == 1 else f"{clients} at once"
@@ -165,11 +166,11 @@ class Trials:
             trial.goodput = self._goodput(start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s)
         elif plan.is_goodput:
             trial.goodput = 0.0  # what is missed alone is missed at any rate
-        return trial
+        trial.is_whole = True
 
     def _goodput(self, start: float) -> float:
         """Found by bisection, then met once more by arrivals of another pattern."""
-        plan, targets = self._plan, self._trial.targets
+        plan, targets = self._plan, self.trial.targets
         assert targets is not None
         seeds = iter(range(plan.seed + 1, plan.seed + 1000))
 
@@ -183,7 +184,7 @@ class Trials:
         return confirm(meets_again, find_rate(meets, start, plan.precision), plan.precision)
 
     def _keep(self, load: Load) -> Load:
-        self._trial.loads.append(load)
+        self.trial.loads.append(load)
         return load
 
     def _open(self, rate: float, seed: int, ends_early_at: Targets | None = None) -> Load:
@@ -198,7 +199,7 @@ class Trials:
     def _load(self, title: str, **given: Any) -> Load:
         server, plan = self._server, self._plan
         fields: dict[str, Any] = {"model": server.model}
-        if server.is_kvbaton and (targets := self._trial.targets) is not None:
+        if server.is_kvbaton and (targets := self.trial.targets) is not None:
             fields["ttft_target_ms"] = targets.ttft_s * 1000
             fields["tpot_target_ms"] = targets.tpot_s * 1000
         spec = LoadSpec(
@@ -210,7 +211,17 @@ class Trials:
             fields=fields,
         )
         server.clear()
-        return run_load(title, spec, server.pids, plan.generator_cores)
+        begun = time.perf_counter()
+        load = run_load(title, spec, server, plan.generator_cores)
+        took_s = time.perf_counter() - begun
+        say(f"{self._name}: {load.line(self.trial.targets)}; took {took_s:.0f} s")
+        return load
+
+
+def last_of(tried: Sequence[Trial]) -> Trial | None:
+    """The last that is whole, if there is one; else the last."""
+    whole = [trial for trial in tried if trial.is_whole] or tried
+    return whole[-1] if whole else None
 
 
 def rates_and_attainment(trials: Iterable[Trial]) -> list[tuple[float, float]]:

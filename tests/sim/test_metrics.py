@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -141,6 +142,10 @@ def test_each_process_shows_its_own() -> None:
             steps = families["kvbaton_worker_steps"].samples
             assert [sample.labels["worker"] for sample in steps] == [worker.config.name]
             assert steps[0].value == worker.counts().num_steps
+            counts = worker.counts()
+            # Nothing but the engine takes virtual time.
+            assert counts.busy_s == counts.step_s > 0
+            assert counts.arithmetic_s == pytest.approx(counts.step_s)
         (store,) = cluster.stores
         text = store.metrics().decode()
         blocks = {family.name: family for family in text_string_to_metric_families(text)}

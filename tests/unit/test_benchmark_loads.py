@@ -13,9 +13,9 @@ from scripts.benchmarks.arrivals import replayed as replay
 from scripts.benchmarks.attainment import Outcome, Targets, attainment, most_missed
 from scripts.benchmarks.clusters import service_settings
 from scripts.benchmarks.http_streams import Streamed, request_bytes
+from scripts.benchmarks.measure import core_list
 from scripts.benchmarks.queueing import rate_bound, waits_at_most
 from scripts.benchmarks.search import confirm, find_rate
-from scripts.benchmarks.trials import core_list
 
 _HEAD = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=10\r\ntransfer-encoding: chunked\r\n\r\n"
 

@@ -59,7 +59,9 @@ async def test_errors_come_back_to_the_caller(engine: TorchEngine) -> None:
 
 def test_nothing_to_do_is_no_work(engine: TorchEngine) -> None:
     assert engine.step_sync([]) == []
+    assert engine.arithmetic_s == 0
     assert engine.step_sync([part([1, 2], [0], 0, 2)]) == [None]
+    assert engine.arithmetic_s > 0
     engine.close()
 
 

@@ -5,7 +5,7 @@ Made with device cpu it does the same in host memory, without graphs: that is fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,10 @@ class DeviceEngine(TorchEngine):
         if self._graphs is None or not fits_a_graph(works):
             return super()._logits(works)
         return self._graphs.run(*self._prepared(works))
+
+    def _compute(self, part: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        """The device is only told what to do here, which is not counted."""
+        return part(*inputs)
 
     def _forward(self, works: Sequence[Work]) -> tuple[torch.Tensor, StepInput]:
         step, batch = self._prepared(works)

@@ -1,0 +1,133 @@
+"""What a benchmark keeps and tells: of whole rounds, and of those that were ended early."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmarks import compare, engines, targets, trials
+from scripts.benchmarks.attainment import Outcome
+from scripts.benchmarks.clusters import busy_of
+from scripts.benchmarks.load_generator import End, LoadSpec
+from scripts.benchmarks.loads import Load, Used
+from scripts.benchmarks.report import Report, report_of
+from scripts.benchmarks.servers import Busy, Server
+
+
+def _rounds(done: list[int], ends_after: int) -> Generator[None, None, None]:
+    try:
+        for number in range(3):
+            if number == ends_after:
+                raise SystemExit(1)
+            done.append(number)
+            yield
+    finally:
+        done.append(-1)
+
+
+@pytest.mark.parametrize(("ends_after", "is_whole"), [(3, True), (2, False), (0, False)])
+def test_each_round_is_written_as_it_ends(tmp_path: Path, ends_after: int, is_whole: bool) -> None:
+    path, done = tmp_path / "found.json", list[int]()
+    seen: list[object] = []
+
+    def report() -> Report:
+        seen.append(json.loads(path.read_text())["figures"]["done"] if path.exists() else None)
+        found = Report("a case", {})
+        found.figures["done"] = list(done)
+        return found
+
+    found = report_of(_rounds(done, ends_after), report, path)
+    assert found.is_whole is is_whole
+    assert found.figures["done"] == [*range(ends_after), -1]
+    assert seen == [None, [0], [0, 1], [0, 1, 2]][: ends_after + 1]
+    assert [each.name for each in tmp_path.iterdir()] == ["found.json"] * (ends_after > 0)
+
+
+def _options(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    compare.add_options(parser)
+    return parser.parse_args(["--model", str(engines.DEMO), *given])
+
+
+def _fake_load(ends_at: int) -> Callable[..., Load]:
+    """run_load on a server that gives its first token after as many seconds as loads have run."""
+    count = 0
+
+    def run(title: str, spec: LoadSpec, server: Server, cores: list[int] | None) -> Load:
+        nonlocal count
+        count += 1
+        if count == ends_at:
+            raise KeyboardInterrupt
+        outcome = Outcome(0, ttft_s=count, tpot_s=0.01, e2e_s=9.0, num_tokens=4)
+        return Load(title, spec, [outcome] * spec.count, seconds=2.0)
+
+    return run
+
+
+def test_what_was_compared_before_it_was_ended_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server("http://nowhere", "demo")
+    monkeypatch.setattr(targets, "server", lambda *_: nullcontext(server))
+    # In its turn a target has a warm up, then a load alone. The fourth turn is ended in the latter.
+    monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=8))
+    path = tmp_path / "found.json"
+    options = _options("one", "other", "--closed", "1", "--closed-requests", "3")
+    options.json = path
+    report = compare.run(options)
+    assert not report.is_whole
+    figures = json.loads(path.read_text())["figures"]  # of the round that has ended
+    assert [len(figures[name]["rounds"]) for name in ("one", "other")] == [1, 1]
+    assert [len(report.figures[name]["rounds"]) for name in ("one", "other")] == [2, 2]
+    assert report.settings["rounds"] == 1
+    # 4 s beside 2 s in the first round; in the second, in turn, one had not been asked.
+    assert report.figures["other"]["alone, ttft_s, ratio"].count == 1
+    assert report.figures["other"]["alone, ttft_s, ratio"].median == pytest.approx(2.0)
+    report.show()
+    shown = capsys.readouterr()
+    assert "one, last round" in shown.out
+    lines = shown.err.splitlines()
+    assert len(lines) == 7
+    assert lines[1].startswith("one, round 1 of 3: alone: 3 of 3, 1.50 a second, TTFT 2000 ms")
+    assert lines[4].startswith("other, round 2 of 3: warm up")
+
+
+def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "server", lambda *_: nullcontext(Server("", "")))
+    monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=1))
+    report = compare.run(_options("one", "other", "--goodput"))
+    assert (report.is_whole, report.settings["rounds"]) == (False, 0)
+    report.show()
+
+
+def test_what_a_load_used_is_told_apart() -> None:
+    busy = iter([Busy(5.0, 4.0), Busy(15.0, 13.5)])
+    idle = Busy(1.0, 0.5)
+    server = Server("", "", busy=lambda: {"decode.1": next(busy), "prefill.1": idle})
+    load = Load("alone", LoadSpec(url="", mix="1/1", vocab=9, count=1), seconds=10.0)
+    before = Used(server)
+    before.add_since(load, server, End(10.0, 0.5, is_lost=False))
+    assert load.overheads == {"decode.1": pytest.approx(0.05), "prefill.1": None}
+    assert load.generator_share == pytest.approx(0.05, abs=0.04)
+    assert load.others_share is None
+    assert load.control_share is None
+    load.outcomes = [Outcome(0, num_tokens=500)]
+    load.server_shares = {"gateway.1": 0.01, "kvstore.1": 0.02, "decode.1": 0.9}
+    assert load.control_share == pytest.approx(0.06)  # at twice as many tokens a second
+
+
+def test_a_workers_metrics_are_read() -> None:
+    labels = '{role="decode",worker="decode.1"}'
+    lines = [
+        "# TYPE kvbaton_worker_busy_seconds counter",
+        f"kvbaton_worker_busy_seconds_total{labels} 1.5",
+        f"kvbaton_worker_step_seconds_total{labels} 1.4",
+        f"kvbaton_worker_arithmetic_seconds_total{labels} 1.25",
+    ]
+    assert busy_of("\n".join(lines)) == Busy(1.5, 1.25)
