@@ -1,5 +1,4 @@
-// Vectors as wide as the processor's, for matrix products: 512 bits with AVX-512, else those of
-// vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
+// Vectors for matrix products, as wide as those of vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
 #pragma once
 
 #include <type_traits>
@@ -37,14 +36,7 @@ inline WideInt load_wide(const int8_t* p) {  // as fours
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-inline WideVec load_numbers(const int8_t* p) {  // as floats
-#if defined(__AVX512F__)  // which the compiler does not find by itself
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return __builtin_convertvector(reinterpret_cast<WideInt>(_mm512_cvtepi8_epi32(bytes)), WideVec);
-#else
-    return load(p);
-#endif
-}
+inline WideVec load_numbers(const int8_t* p) { return load(p); }  // as floats
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
 // Lane i of the result is the sum of all lanes of v[i], of WIDE vectors, which are worked in.
