@@ -1,4 +1,4 @@
-// Vectors for matrix products, as wide as those of vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
+// Matrix products, step by step: a step along the inner dimension takes DEPTH numbers of each operand.
 #pragma once
 
 #include <type_traits>
