@@ -54,8 +54,11 @@ template <typename T, typename Out>
 void multiply_into(const Product& p, const Operand<T>* x, int64_t rows, Out* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
-            const Vec sum = finished<T>(p, column + d, sums + d, columns - d);
-            store_some(y + row * p.out + column + d, round_as(static_cast<T*>(nullptr), sum), columns - d);
+            Out* target = y + row * p.out + column + d;
+            __builtin_prefetch(target + TILE_ROWS * p.out, 1);  // of the next tile
+            Vec sum = finished<T>(p, column + d, sums + d, columns - d);
+            if (!std::is_same_v<T, Out>) sum = round_as(static_cast<T*>(nullptr), sum);  // else stored so
+            store_some(target, sum, columns - d);
         }
     });
 }
@@ -66,6 +69,7 @@ void multiply_onto(const Product& p, const Operand<T>* x, int64_t rows, T* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
             T* target = y + row * p.out + column + d;
+            __builtin_prefetch(target + TILE_ROWS * p.out, 1);  // of the next tile
             const Vec sum = finished<T>(p, column + d, sums + d, columns - d);
             store_some(target, load_some(target, columns - d) + round_as(y, sum), columns - d);
         }

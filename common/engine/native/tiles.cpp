@@ -11,15 +11,19 @@ __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* pan
                                         const char* ahead, int64_t ahead_step, float* out,
                                         int64_t out_stride) {
     WideVec sums[R][2] = {};
-    for (int64_t step = 0; step < steps; step++) {
+    TileRows<O, R> rows(x, stride);
+    const W* const end = panel + steps * DEPTH<W> * PANEL;
+    while (panel < end) {
         __builtin_prefetch(ahead, 0, 2);
         __builtin_prefetch(ahead + 64, 0, 2);
         ahead += ahead_step;
-        add_step<R>(sums, x, stride, panel);
-        x += DEPTH<W>;
+        add_step<R>(sums, rows, panel);
+        rows.advance(DEPTH<W>);
         panel += DEPTH<W> * PANEL;
     }
-    for (int r = 0; r < R; r++)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)  // unrolled, or the sums would be kept in memory
+#pragma GCC unroll 2
         for (int v = 0; v < 2; v++)
             store_wide(out + r * out_stride + v * WIDE, sums[r][v]);
 }

@@ -1,10 +1,14 @@
-// Floats in the compiler's vectors: 256 bits with AVX2 (512 were no faster), else 128.
+// Floats in the compiler's vectors: 512 bits with AVX-512, 256 with AVX2, else 128.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+#include <immintrin.h>
+
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
 #include <immintrin.h>
 
 constexpr int LANES = 8;
@@ -55,32 +59,49 @@ inline void convert(float x, BFloat16* out) {  // to nearest, ties to even; NaN 
     out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline Vec pick(IntVec mask, Vec yes, Vec no) {
-    return reinterpret_cast<Vec>((mask & reinterpret_cast<IntVec>(yes)) |
-                                 (~mask & reinterpret_cast<IntVec>(no)));
+inline Vec pick(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+// Halves of 32 bits, and back: what the compiler does not find by itself for 512 bits.
+inline IntVec widen(HalfVec halves) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<IntVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#else
+    return __builtin_convertvector(halves, IntVec);
+#endif
+}
+inline HalfVec narrow(IntVec whole) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<HalfVec>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(whole)));
+#else
+    return __builtin_convertvector(whole, HalfVec);
+#endif
 }
 
 // LANES numbers as floats, and floats rounded to nearest, ties to even; NaN stays NaN.
 inline Vec load(const BFloat16* p) {
     HalfVec halves;
     std::memcpy(&halves, p, sizeof halves);
-    return reinterpret_cast<Vec>(__builtin_convertvector(halves, IntVec) << 16);
+    return reinterpret_cast<Vec>(widen(halves) << 16);
+}
+inline IntVec rounded_bits(Vec v) {  // of which the upper halves count
+    const IntVec bits = reinterpret_cast<IntVec>(v);
+    return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : IntVec{} + 0x7fc00000;
 }
 inline Vec round_as(const float*, Vec v) { return v; }
 inline Vec round_as(const BFloat16*, Vec v) {
-    const IntVec bits = reinterpret_cast<IntVec>(v);
-    const IntVec up = (bits + 0x7fff + ((bits >> 16) & 1)) & int32_t(0xffff0000);
-    return pick(v == v, reinterpret_cast<Vec>(up), reinterpret_cast<Vec>(IntVec{} + 0x7fc00000));
+    return reinterpret_cast<Vec>(rounded_bits(v) & int32_t(0xffff0000));
 }
 inline void store(BFloat16* p, Vec v) {
-    const IntVec bits = reinterpret_cast<IntVec>(round_as(p, v)) >> 16;
-    const HalfVec halves = __builtin_convertvector(bits, HalfVec);
+    const HalfVec halves = narrow(rounded_bits(v) >> 16);
     std::memcpy(p, &halves, sizeof halves);
 }
 
 // int8 from floats up to 127 in magnitude, to nearest, ties to even; NaN becomes 0.
 inline Vec load(const int8_t* p) {
-#if defined(__AVX2__)  // which the compiler does not find by itself
+#if defined(__AVX512F__)  // which the compiler does not find by itself
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const auto whole = reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const auto whole = reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(bytes));
 #else
@@ -113,18 +134,17 @@ inline void store_some(T* p, Vec v, int64_t count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
-// One number from the N lanes of a vector V, in a fixed order; I is a vector of as many integers.
-template <int N, typename I, typename V, typename F>
-inline float reduce_lanes(V v, F&& combine) {
-    for (int half = N / 2; half; half /= 2) {
-        I other;
-        for (int i = 0; i < N; i++) other[i] = i ^ half;
-        v = combine(v, __builtin_shuffle(v, other));
-    }
+// One number from all lanes, in a fixed order.
+template <int HALF = LANES / 2, typename F>
+inline float reduce(Vec v, F&& combine) {
+    IntVec other;
+    for (int i = 0; i < LANES; i++) other[i] = i ^ HALF;
+    v = combine(v, __builtin_shuffle(v, other));
+    if constexpr (HALF > 1) return reduce<HALF / 2>(v, combine);
     return v[0];
 }
 inline float sum_all(Vec v) {
-    return reduce_lanes<LANES, IntVec>(v, [](Vec a, Vec b) { return a + b; });
+    return reduce(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes
@@ -132,7 +152,8 @@ inline float sum_all(Vec v) {
 // NaN, whatever its payload. V is a vector of floats, I one of as many integers.
 template <typename V, typename I>
 inline V exp2_negative_of(V exact) {
-    const V x = exact < -126.0f ? V{} - 126.0f : exact;
+    const V least = V{} - 126.0f;
+    const V x = least > exact ? least : exact;
     const V magic = V{} + 12582912.0f;  // 1.5 * 2^23
     const V shifted = x + magic;
     const V f = x - (shifted - magic);

@@ -1,5 +1,4 @@
-// Vectors as wide as the processor's, for matrix products: 512 bits with AVX-512, else those of
-// vectors.h. A step along the inner dimension takes DEPTH numbers of each operand.
+// Matrix products, step by step: a step along the inner dimension takes DEPTH numbers of each operand.
 #pragma once
 
 #include <type_traits>
@@ -17,11 +16,7 @@
 template <typename T>
 using Operand = std::conditional_t<BFLOAT16_PRODUCTS && std::is_same_v<T, BFloat16>, BFloat16, float>;
 
-#if defined(__AVX512F__)
-constexpr int WIDE = 16;
-#else
 constexpr int WIDE = LANES;
-#endif
 
 typedef float WideVec __attribute__((vector_size(4 * WIDE)));
 typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
@@ -41,21 +36,8 @@ inline WideInt load_wide(const int8_t* p) {  // as fours
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-inline WideVec load_numbers(const int8_t* p) {  // as floats
-#if defined(__AVX512F__)  // which the compiler does not find by itself
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return __builtin_convertvector(reinterpret_cast<WideInt>(_mm512_cvtepi8_epi32(bytes)), WideVec);
-#else
-    return load(p);
-#endif
-}
+inline WideVec load_numbers(const int8_t* p) { return load(p); }  // as floats
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
-
-// One number from all lanes, in a fixed order.
-template <typename F>
-inline float reduce(WideVec v, F&& combine) {
-    return reduce_lanes<WIDE, WideInt>(v, combine);
-}
 
 // Lane i of the result is the sum of all lanes of v[i], of WIDE vectors, which are worked in.
 template <int HALF = 1>
@@ -78,18 +60,46 @@ constexpr int PANEL = 2 * WIDE;
 template <typename T>
 constexpr int DEPTH = 4 / int(sizeof(T));
 
+// A tile's rows of operands, `stride` apart. Three go by one pointer, as far as an address reaches by
+// itself; compilers would else look up each row's distance in memory, and that took 6 % of a product.
+template <typename O, int R>
+class TileRows {
+  public:
+    TileRows(const O* x, int64_t stride) : stride(stride) {
+        for (int i = 0; i < NUM; i++) firsts[i] = x + 3 * i * stride;
+    }
+    const O* operator[](int r) const { return firsts[r / 3] + r % 3 * stride; }
+    TileRows operator+(int d) const {
+        TileRows moved = *this;
+        for (const O*& first : moved.firsts) first += d;
+        return moved;
+    }
+    void advance(int d) {
+        for (const O*& first : firsts) {
+            const O* next = first + d;
+            asm("" : "+r"(next));  // or the compiler would see how the four are related
+            first = next;
+        }
+    }
+
+  private:
+    static constexpr int NUM = (R + 2) / 3;
+    const O* firsts[NUM];
+    int64_t stride;
+};
+
 // sums[r] gains the products of row r's next DEPTH numbers and the next numbers of PANEL columns.
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, const float* panel) {
+inline void add_step(WideVec (&sums)[R][2], const TileRows<float, R>& x, const float* panel) {
     const WideVec first = load_wide(panel), second = load_wide(panel + WIDE);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += first * x[r * stride];
-        sums[r][1] += second * x[r * stride];
+        sums[r][0] += first * x[r][0];
+        sums[r][1] += second * x[r][0];
     }
 }
 
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, const BFloat16* panel) {
+inline void add_step(WideVec (&sums)[R][2], const TileRows<float, R>& x, const BFloat16* panel) {
     const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
     const auto even = [](WideInt both) { return reinterpret_cast<WideVec>(both << 16); };
     const auto odd = [](WideInt both) {
@@ -97,13 +107,13 @@ inline void add_step(WideVec (&sums)[R][2], const float* x, int64_t stride, cons
     };
     const WideVec even_first = even(first), even_second = even(second);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += even_first * x[r * stride];
-        sums[r][1] += even_second * x[r * stride];
+        sums[r][0] += even_first * x[r][0];
+        sums[r][1] += even_second * x[r][0];
     }
     const WideVec odd_first = odd(first), odd_second = odd(second);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += odd_first * x[r * stride + 1];
-        sums[r][1] += odd_second * x[r * stride + 1];
+        sums[r][0] += odd_first * x[r][1];
+        sums[r][1] += odd_second * x[r][1];
     }
 }
 
@@ -121,11 +131,11 @@ inline void store_weights(BFloat16* p, WideVec weights) {
 }
 
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const BFloat16* x, int64_t stride, const BFloat16* panel) {
+inline void add_step(WideVec (&sums)[R][2], const TileRows<BFloat16, R>& x, const BFloat16* panel) {
     const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
     for (int r = 0; r < R; r++) {
         int32_t both;
-        std::memcpy(&both, x + r * stride, 4);
+        std::memcpy(&both, x[r], 4);
         const WideInt row = WideInt{} + both;
         sums[r][0] = add_pairs(sums[r][0], row, first);
         sums[r][1] = add_pairs(sums[r][1], row, second);
@@ -154,11 +164,11 @@ inline void widen_step(const int8_t* panel, int d, BFloat16* out) {
 
 // The same sums, to the bit, as the steps of a widened panel give.
 template <int R, typename O>
-inline void add_step(WideVec (&sums)[R][2], const O* x, int64_t stride, const int8_t* panel) {
+inline void add_step(WideVec (&sums)[R][2], const TileRows<O, R>& x, const int8_t* panel) {
 #pragma GCC unroll 4
     for (int d = 0; d < DEPTH<int8_t>; d += DEPTH<O>) {
         alignas(64) O wide[DEPTH<O> * PANEL];
         widen_step(panel, d, wide);
-        add_step<R>(sums, x + d, stride, wide);
+        add_step<R>(sums, x + d, wide);
     }
 }
