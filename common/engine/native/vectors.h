@@ -113,15 +113,17 @@ inline void store_some(T* p, Vec v, int64_t count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
-// One number from the N lanes of a vector V, in a fixed order; I is a vector of as many integers.
+// One number from the N lanes of a vector V, in a fixed order; I is a vector of as many integers. By
+// recursion, as compilers would else make the orders of lanes anew each time.
 template <int N, typename I, typename V, typename F>
 inline float reduce_lanes(V v, F&& combine) {
-    for (int half = N / 2; half; half /= 2) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
         I other;
-        for (int i = 0; i < N; i++) other[i] = i ^ half;
-        v = combine(v, __builtin_shuffle(v, other));
+        for (int i = 0; i < int(sizeof(V) / sizeof(float)); i++) other[i] = i ^ (N / 2);
+        return reduce_lanes<N / 2, I>(combine(v, __builtin_shuffle(v, other)), combine);
     }
-    return v[0];
 }
 inline float sum_all(Vec v) {
     return reduce_lanes<LANES, IntVec>(v, [](Vec a, Vec b) { return a + b; });

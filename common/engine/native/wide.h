@@ -57,18 +57,29 @@ inline float reduce(WideVec v, F&& combine) {
     return reduce_lanes<WIDE, WideInt>(v, combine);
 }
 
-// Lane i of the result is the sum of all lanes of v[i], of WIDE vectors, which are worked in.
-template <int HALF = 1>
-inline WideVec sum_across(WideVec* v) {
-    WideInt kept, crossed;
+// Sums of neighbouring lanes of a and b. Of vectors paired so again and again, N being how many
+// the result is of, lane i of the last is the sum of all lanes of vector i.
+template <int N>
+inline WideVec add_crosswise(WideVec a, WideVec b) {
+    WideInt one, other;
     for (int i = 0; i < WIDE; i++) {
-        kept[i] = i & HALF ? WIDE + i : i;
-        crossed[i] = kept[i] ^ HALF;
+        const int group = i & ~3, place = i & 3;  // within 128 bits at first, which is cheap
+        if (N == 2) one[i] = group + place / 2 + place % 2 * WIDE, other[i] = one[i] + 2;
+        else if (N == 4) one[i] = group + place % 2 + place / 2 * WIDE, other[i] = one[i] + 2;
+        else one[i] = 2 * group + place, other[i] = one[i] + 4;
     }
-    for (int i = 0; i < WIDE; i += 2 * HALF)
-        v[i] = __builtin_shuffle(v[i], v[i + HALF], kept) + __builtin_shuffle(v[i], v[i + HALF], crossed);
-    if constexpr (2 * HALF < WIDE) return sum_across<2 * HALF>(v);
-    return v[0];
+    return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, other);
+}
+
+// The last of such sums, of vectors that are sums of four.
+template <int N = WIDE / 4>
+inline WideVec sum_fours(WideVec* v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        for (int i = 0; i < N / 2; i++) v[i] = add_crosswise<8>(v[2 * i], v[2 * i + 1]);
+        return sum_fours<N / 2>(v);
+    }
 }
 
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
