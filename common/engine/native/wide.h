@@ -57,28 +57,29 @@ inline float reduce(WideVec v, F&& combine) {
     return reduce_lanes<WIDE, WideInt>(v, combine);
 }
 
-// Sums of neighbouring lanes of a and b. Of vectors paired so again and again, N being how many
-// the result is of, lane i of the last is the sum of all lanes of vector i.
+// Lane by lane, sums of two of a's lanes, or of b's. Vectors are paired so again and again, N being of how
+// many the result is (2, 4, then 8 and more): lane i of the last is then the sum of all lanes of vector i.
 template <int N>
 inline WideVec add_crosswise(WideVec a, WideVec b) {
     WideInt one, other;
     for (int i = 0; i < WIDE; i++) {
-        const int group = i & ~3, place = i & 3;  // within 128 bits at first, which is cheap
-        if (N == 2) one[i] = group + place / 2 + place % 2 * WIDE, other[i] = one[i] + 2;
-        else if (N == 4) one[i] = group + place % 2 + place / 2 * WIDE, other[i] = one[i] + 2;
-        else one[i] = 2 * group + place, other[i] = one[i] + 4;
+        const int four = i & ~3, at = i & 3;  // lanes of 128 bits are shuffled at once
+        one[i] = N == 2   ? four + at / 2 + at % 2 * WIDE
+                 : N == 4 ? four + at % 2 + at / 2 * WIDE
+                          : 2 * four + at;
+        other[i] = one[i] + (N > 4 ? 4 : 2);
     }
     return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, other);
 }
 
-// The last of such sums, of vectors that are sums of four.
-template <int N = WIDE / 4>
+// The last of them, of COUNT vectors that are of four each, which are worked in.
+template <int COUNT = WIDE / 4>
 inline WideVec sum_fours(WideVec* v) {
-    if constexpr (N == 1) {
+    if constexpr (COUNT == 1) {
         return v[0];
     } else {
-        for (int i = 0; i < N / 2; i++) v[i] = add_crosswise<8>(v[2 * i], v[2 * i + 1]);
-        return sum_fours<N / 2>(v);
+        for (int i = 0; i < COUNT / 2; i++) v[i] = add_crosswise<8>(v[2 * i], v[2 * i + 1]);
+        return sum_fours<COUNT / 2>(v);
     }
 }
 
