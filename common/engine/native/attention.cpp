@@ -14,13 +14,26 @@ namespace {
 
 constexpr int TILE_QUERIES = 16;
 constexpr int FEWEST_PANEL_ROWS = 2 * TILE_ROWS;
+constexpr int64_t SPAN_BYTES = 128 * 1024;  // of keys and values: two spans of them fit the second cache
+constexpr int MANY_SEQUENCES = 16;
 
-// Queries [first, first + count) of a sequence, under one KV head.
-struct Item {
-    int sequence, first, count, kv_head;
-};
+#ifdef _OPENMP
+constexpr bool ONE_THREAD = false;
+#else
+constexpr bool ONE_THREAD = true;
+#endif
+
+// How many KV heads of a sequence of few queries go together, so that what they read lies together. For
+// few sequences threads need something to share.
+template <typename K>
+int heads_together(const Problem& p) {
+    if (!ONE_THREAD && p.num_sequences < MANY_SEQUENCES) return 1;
+    const int64_t span_bytes = 2 * SPAN * row_stride<K>(p.head_dim) * int64_t(sizeof(K));
+    return int(std::clamp<int64_t>(SPAN_BYTES / span_bytes, 1, p.num_kv_heads));
+}
 
 // What the threads share out. With `fixed_order` a row goes the same way whatever is beside it.
+template <typename K>
 std::vector<Item> items_of(const Problem& p) {
     const int groups = p.num_heads / p.num_kv_heads;
     std::vector<Item> items;
@@ -28,9 +41,11 @@ std::vector<Item> items_of(const Problem& p) {
         const int rows = p.row_starts[sequence + 1] - p.row_starts[sequence];
         const bool panels = !p.fixed_order && rows * groups >= FEWEST_PANEL_ROWS;
         const int tile = panels ? std::max(PANEL_ROWS / groups, 1) : TILE_QUERIES;
+        const int heads = rows * groups > DIRECT_ROWS ? 1 : heads_together<K>(p);
         for (int first = 0; first < rows; first += tile)
-            for (int kv_head = 0; kv_head < p.num_kv_heads; kv_head++)
-                items.push_back({sequence, first, std::min(tile, rows - first), kv_head});
+            for (int kv_head = 0; kv_head < p.num_kv_heads; kv_head += heads)
+                items.push_back({sequence, first, std::min(tile, rows - first), kv_head,
+                                 std::min(heads, p.num_kv_heads - kv_head)});
     }
     return items;
 }
@@ -39,17 +54,18 @@ std::vector<Item> items_of(const Problem& p) {
 
 template <typename T, typename K>
 void attend(const Problem& p, const T* queries, const K* keys, T* out) {
-    const std::vector<Item> items = items_of(p);
+    const std::vector<Item> items = items_of<K>(p);
     auto& rows = own<RowTile<K>>();
     auto& panels = own<PanelTile<T>>();
     const int groups = p.num_heads / p.num_kv_heads;
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < items.size(); index++) {
         const Item& item = items[index];
+        const bool known = ONE_THREAD && index + 1 < items.size();  // what this thread does next
         if (!p.fixed_order && item.count * groups >= FEWEST_PANEL_ROWS)
             panels.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
         else
-            rows.attend(p, queries, keys, out, item.sequence, item.first, item.count, item.kv_head);
+            rows.attend(p, queries, keys, out, item, known ? &items[index + 1] : nullptr);
     }
 }
 

@@ -47,16 +47,17 @@ template <typename W, typename O>
 void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps, const char* ahead,
               int64_t ahead_step, float* out, int64_t out_stride = PANEL);
 
-// Calls store(row, sums) for every row of one panel's product, tile by tile; the first tile fetches.
+// Calls store(row, sums) for every row of one panel's product, tile by tile; each fetches its share.
 template <typename W, typename O, typename Store>
 void sum_panel(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
                const char* ahead, int64_t ahead_step, Store&& store) {
     alignas(64) float sums[TILE_ROWS * PANEL];
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, share = (ahead_step + tiles - 1) / tiles;
     for (int64_t row = 0; row < rows; row += TILE_ROWS) {
         const int64_t count = std::min<int64_t>(TILE_ROWS, rows - row);
-        sum_rows<W>(count, x + row * stride, stride, panel, steps, ahead, ahead_step, sums);
+        sum_rows<W>(count, x + row * stride, stride, panel, steps, ahead, share, sums);
         for (int64_t r = 0; r < count; r++) store(row + r, sums + r * PANEL);
-        ahead_step = 0;
+        ahead += share * steps;
     }
 }
 

@@ -39,18 +39,30 @@ inline WideInt load_wide(const int8_t* p) {  // as fours
 inline WideVec load_numbers(const int8_t* p) { return load(p); }  // as floats
 inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
-// Lane i of the result is the sum of all lanes of v[i], of WIDE vectors, which are worked in.
-template <int HALF = 1>
-inline WideVec sum_across(WideVec* v) {
-    WideInt kept, crossed;
+// Lane by lane, sums of two of a's lanes, or of b's. Vectors are paired so again and again, N being of how
+// many the result is (2, 4, then 8 and more): lane i of the last is then the sum of all lanes of vector i.
+template <int N>
+inline WideVec add_crosswise(WideVec a, WideVec b) {
+    WideInt one, other;
     for (int i = 0; i < WIDE; i++) {
-        kept[i] = i & HALF ? WIDE + i : i;
-        crossed[i] = kept[i] ^ HALF;
+        const int four = i & ~3, at = i & 3;  // lanes of 128 bits are shuffled at once
+        one[i] = N == 2   ? four + at / 2 + at % 2 * WIDE
+                 : N == 4 ? four + at % 2 + at / 2 * WIDE
+                          : 2 * four + at;
+        other[i] = one[i] + (N > 4 ? 4 : 2);
     }
-    for (int i = 0; i < WIDE; i += 2 * HALF)
-        v[i] = __builtin_shuffle(v[i], v[i + HALF], kept) + __builtin_shuffle(v[i], v[i + HALF], crossed);
-    if constexpr (2 * HALF < WIDE) return sum_across<2 * HALF>(v);
-    return v[0];
+    return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, other);
+}
+
+// The last of them, of COUNT vectors that are of four each, which are worked in.
+template <int COUNT = WIDE / 4>
+inline WideVec sum_fours(WideVec* v) {
+    if constexpr (COUNT == 1) {
+        return v[0];
+    } else {
+        for (int i = 0; i < COUNT / 2; i++) v[i] = add_crosswise<8>(v[2 * i], v[2 * i + 1]);
+        return sum_fours<COUNT / 2>(v);
+    }
 }
 
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
