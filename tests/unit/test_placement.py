@@ -217,10 +217,12 @@ def test_a_long_prompt_is_computed_by_decode_where_targets_pace_it() -> None:
     assert names(chosen(Wanted(200), [busy], [worker("d")], max_local_tokens=32)) == ("p", "d")
 
 
-def test_what_prefill_has_in_time_is_left_to_it() -> None:
-    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)
+def test_of_pairs_with_as_much_work_the_one_that_is_sooner() -> None:
     wanted = Wanted(200, ttft_target_s=1.0, tpot_target_s=0.1)
-    assert names(chosen(wanted, [worker("p", 150)], [paced], max_local_tokens=32)) == ("p", "d")
+    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)
+    assert names(chosen(wanted, [worker("p", 150)], [paced], max_local_tokens=32)) == ("d", "d")
+    assert names(chosen(wanted, [worker("p", 50)], [paced], max_local_tokens=32)) == ("p", "d")
+    assert chosen(wanted, [worker("a", 150), worker("b")]).prefill.name == "b"
 
 
 def test_a_target_per_token_alone_does_not_hide_a_queue() -> None:

@@ -4,11 +4,11 @@ pair is expected to take. Pure.
 For each pair the first token is expected after what the worker has before it, the transfer of
 cached blocks that it has no copy of, and the computing of the rest; each later one after a step of
 the decode worker with this request in its batch. Of the pairs that meet the request's targets the
-one with the least work is taken, so that what is loaded is spared; if none does, or it has no
-targets, the one that serves it soonest and delays others least. A decode worker pairs with itself
-where it may compute the prompt too: a short one, one for whose chunks the targets of those that run
-there leave time (services/decode/pace.py), or one whose KV would take longer to move
-(break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
+one with the least work is taken, so that what is loaded is spared, and of equal ones the soonest.
+If none does, or it has no targets, it is the one that serves it soonest and delays others least. A
+decode worker pairs with itself where it may compute the prompt too: a short one, one for whose
+chunks the targets of those that run there leave time (services/decode/pace.py), or one whose KV
+would take longer to move (break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
 al., 2025.)
 """
 
@@ -54,6 +54,7 @@ class _FirstToken:
     queue_s: float
     transfer_s: float
     compute_s: float
+    work_s: float  # of it, without what lies between its steps
     num_steps: int  # in which it is computed
     delays_s: float  # of prompts behind it, in sum
 
@@ -169,6 +170,7 @@ class _Judge(Generic[C]):
             queue_s=ahead_s + worker.others_s,
             transfer_s=worker.transfer_s(wanted.num_cached, wanted.token_bytes),
             compute_s=compute_s,
+            work_s=compute_s,
             num_steps=times.num_steps(num_tokens),
             delays_s=num_behind * compute_s,
         )
@@ -190,15 +192,17 @@ class _Judge(Generic[C]):
             and wanted.waited_s + ttft_s <= self._ttft_limit_s
             and tpot_s <= self._tpot_limit_s
         )
+        soon = 0
         if meets and wanted.ttft_target_s:
-            score_s = first.transfer_s + first.compute_s + moved.transfer_s + answer_s
+            score_s = first.transfer_s + first.work_s + moved.transfer_s + answer_s
+            soon = _rough(ttft_s)  # of those with as much work, the first
         else:  # decode fetches what is computed while the rest is
             late_s = max(0.0, moved.transfer_s - first.compute_s)
             score_s = ttft_s + late_s + answer_s + first.delays_s
         if wanted.session:
             score_s *= 1 - _SESSION_BONUS * len({prefill.name, decode.name} & set(wanted.session))
         turn = (prefill.num_placed, decode.num_placed)
-        rank = (decode.crowding, not meets, _rough(score_s), *turn)
+        rank = (decode.crowding, not meets, _rough(score_s), soon, *turn)
         return _Pair(prefill, decode, first, tpot_s, move, meets, rank)
 
 
