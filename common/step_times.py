@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import msgspec
@@ -34,17 +33,6 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     def num_steps(self, num_tokens: int) -> int:
         """That so many of a prompt's tokens need, if they are alone."""
         return -(-num_tokens // (self.max_tokens or num_tokens or 1))
-
-    def num_within(self, left_s: float, start: int) -> float:
-        """So many of a prompt's tokens from `start` on take that long, beside what a step takes at
-        any rate."""
-        grows_ms = self.context_ms / 2  # with each token, for the next one
-        each_ms = self.token_ms + self.context_ms * (start + 0.5)
-        left_ms = max(0.0, left_s * 1000)
-        if not each_ms:
-            return math.inf
-        root = math.sqrt(each_ms**2 + 4 * grows_ms * left_ms)
-        return 2 * left_ms / (each_ms + root)
 
     def _s(self, num_steps: int, num_tokens: int, context: float) -> float:
         ms = num_steps * self.base_ms + num_tokens * self.token_ms + context * self.context_ms

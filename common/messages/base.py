@@ -69,6 +69,7 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     tokens_per_s: Amount = 0.0
     prompt_steps: StepTimes | None = None
     token_steps: StepTimes | None = None
+    paced_token_ms: Amount = 0.0  # one more token of a prompt, in a step of decode; 0.0: not known
     pulled_bytes_per_s: Amount = 0.0
     pushed_bytes_per_s: Amount = 0.0
     is_draining: bool = False

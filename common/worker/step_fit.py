@@ -23,6 +23,8 @@ _SOLVED_EARLY = (1, 2, 4, 8, 16)
 _BELIEVED_AFTER = 8  # steps, beyond which one that took very long is taken for a stall
 _STALL = 4.0  # times what was expected
 _NUM = 3
+_PACED_KEPT = 0.9  # of the sums behind paced_token_s, at each step
+_LEAST_S = 1e-6  # a token takes
 
 Vector = list[float]
 
@@ -93,6 +95,7 @@ class StepFits:
     def __init__(self, max_tokens: int) -> None:
         self._tokens = StepFit(max_tokens, (1e-6, 1e-4, 1e-4))
         self._prompts = StepFit(max_tokens, (1e-4, 1e-6, 1e-4))
+        self._paced_s = self._num_paced = 0.0  # of the latest prompts
 
     @property
     def tokens(self) -> StepTimes | None:
@@ -113,31 +116,41 @@ class StepFits:
         context = sum(attended(num_tokens, start) for num_tokens, start in queued)
         return times.prompt_s(sum(num_tokens for num_tokens, _ in queued), context)
 
-    def num_prompt_tokens(
-        self, within_s: float, *, num_running: int, context: int, start: int
-    ) -> float:
-        """How many tokens of a prompt, from `start` on, a step of `within_s` has room for beside a
-        token of each running sequence, which attend to `context` positions. 0 until steps of both
-        kinds are known."""
-        prompts, tokens = self.prompts, self.tokens
+    def num_prompt_tokens(self, within_s: float, *, num_running: int, context: int) -> float:
+        """How many tokens of a prompt a step of `within_s` has room for beside a token of each
+        running sequence, which attend to `context` positions. 0 until enough is known."""
         if math.isinf(within_s):
             return math.inf
-        if prompts is None or (num_running and tokens is None):
+        if not self._num_paced or (num_running and self.tokens is None):
             return 0
-        if num_running and tokens is not None:
-            taken_s = tokens.step_s(num_running, context)
-        else:
-            taken_s = prompts.base_ms / 1000
-        return prompts.num_within(within_s - taken_s, start)
+        taken_s = 0.0
+        if num_running and self.tokens is not None:
+            taken_s = self.tokens.step_s(num_running, context)
+        return max(0.0, within_s - taken_s) / max(self.paced_token_s, _LEAST_S)
+
+    @property
+    def paced_token_s(self) -> float:
+        """What one more token of a prompt takes in a step, on average of the latest such steps; 0.0
+        before any. It holds for steps of about their length: whoever makes these longer or shorter
+        by it comes to the right length in a few steps. The fits cannot tell what each step takes
+        from what each token does while all steps are alike."""
+        return self._paced_s / self._num_paced if self._num_paced else 0.0
 
     def add(self, works: Many[Work], step_s: float) -> None:
         """A step was run."""
-        is_decode = all(work.num_tokens == 1 for work in works)
-        (self._tokens if is_decode else self._prompts).add(
-            sum(work.num_tokens for work in works),
-            sum(attended(work.num_tokens, work.start) for work in works),
-            step_s,
-        )
+        num_tokens = sum(work.num_tokens for work in works)
+        prompts = [work for work in works if work.num_tokens > 1]
+        (self._prompts if prompts else self._tokens).add(num_tokens, _context(works), step_s)
+        if prompts:
+            singles = [work for work in works if work.num_tokens == 1]
+            if singles and self.tokens is not None:
+                step_s -= self.tokens.step_s(len(singles), _context(singles))
+            self._paced_s = _PACED_KEPT * self._paced_s + max(0.0, step_s)
+            self._num_paced = _PACED_KEPT * self._num_paced + num_tokens - len(singles)
+
+
+def _context(works: Many[Work]) -> float:
+    return sum(attended(work.num_tokens, work.start) for work in works)
 
 
 def _solved(matrix: list[Vector], wanted: Vector) -> Vector:

@@ -86,6 +86,7 @@ class DecodeRole:
             tokens_per_s=self._runtime.tokens_per_s,
             prompt_steps=fits.prompts,
             token_steps=fits.tokens,
+            paced_token_ms=fits.paced_token_s * 1000,
             pulled_bytes_per_s=self._runtime.pulled_bytes_per_s,
             pushed_bytes_per_s=self._runtime.pushed_bytes_per_s,
             is_draining=self._runtime.is_draining,
@@ -248,7 +249,6 @@ class DecodeRole:
             self._paces.limit_s(others, self._runtime.seams.clock.now()),
             num_running=len(self._scheduler.running()),
             context=self._scheduler.num_context_tokens(),
-            start=prompts[0].num_computed,
         )
 
     async def _refill(self, store: StoreLink, num_blocks: int) -> None:

@@ -205,12 +205,18 @@ def test_not_where_the_targets_of_those_that_run_there_leave_no_time() -> None:
 
 def test_a_long_prompt_is_computed_by_decode_where_targets_pace_it() -> None:
     busy = worker("p", 150)  # 170 ms, then 220 of its own
-    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)  # of 90 ms 67 are left: 220 / 0.74
+    paced = worker("d", num_sequences=2, tpot_limit_s=0.1)  # of 90 ms 68 are left: 220 / 0.76
     free = worker("d", num_sequences=2)
     wanted = Wanted(200, ttft_target_s=0.35, tpot_target_s=0.1)
     local = chosen(wanted, [busy], [paced], max_local_tokens=32)
     assert names(local) == ("d", "d")
-    assert local.decision.chosen.ttft_ms == pytest.approx(45 + 220 / (1 - 23 / 90), rel=0.01)
+    assert local.decision.chosen.ttft_ms == pytest.approx(45 + 220 / (1 - 22 / 90), rel=0.001)
+    awaiting = worker("d", num_sequences=2, num_awaited=2, tpot_limit_s=0.1)
+    local = chosen(wanted, [busy], [awaiting], max_local_tokens=32)
+    assert local.decision.chosen.ttft_ms == pytest.approx(45 + 220)
+    known = worker("d", num_sequences=2, tpot_limit_s=0.1, paced_token_s=0.0005)
+    local = chosen(wanted, [busy], [known], max_local_tokens=32)
+    assert local.decision.chosen.ttft_ms == pytest.approx(45 + 100 / (1 - 22 / 90), rel=0.001)
     assert names(chosen(wanted, [busy], [paced], max_local_tokens=0)) == ("p", "d")
     assert names(chosen(wanted, [busy], [free], max_local_tokens=32)) == ("p", "d")
     assert names(chosen(wanted, [busy], [worker("d")], max_local_tokens=32)) == ("d", "d")

@@ -96,20 +96,38 @@ def test_a_prompt_of_many_steps_pays_for_each() -> None:
     )
 
 
-def test_a_step_has_room_for_what_targets_leave_beside_running_sequences() -> None:
-    fits = StepFits(512)
-
-    def room(within_s: float, num_running: int = 2) -> float:
-        return fits.num_prompt_tokens(within_s, num_running=num_running, context=0, start=0)
+@pytest.mark.parametrize("base_ms", [0.0, 20.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_chunks_come_to_fill_what_targets_leave_beside_running_sequences(
+    base_ms: float, noise: float
+) -> None:
+    """Whatever part of a step's time is the same for each, and though all steps are alike."""
+    fits, rng = StepFits(512), random.Random(1)
 
     def work(num_tokens: int) -> Work:
-        return Work([0] * 600, 600, 0, num_tokens, [], SamplingParams())
+        return Work([0] * 600, 600, 500, num_tokens, [], SamplingParams())
+
+    def room(within_s: float, num_running: int = 3) -> float:
+        return fits.num_prompt_tokens(within_s, num_running=num_running, context=1503)
+
+    def step(chunk: int) -> float:
+        step_s = 0.03 + (base_ms + 2 * chunk) / 1000 * rng.uniform(1 - noise, 1 + noise)
+        fits.add([work(1), work(chunk), work(1), work(1)], step_s)
+        return step_s
 
     assert (room(math.inf), room(0.1)) == (math.inf, 0)
-    fits.add([work(1), work(1)], 0.02)
+    for _ in range(16):
+        fits.add([work(1)] * 3, 0.03)
     assert room(0.1) == 0  # what prompts take is not known yet
-    for num_tokens in (100, 200, 400) * 8:
-        fits.add([work(num_tokens)], 0.01 + num_tokens / 1000)
-    assert room(0.1) == pytest.approx(80, rel=0.05)
-    assert room(0.1, num_running=0) == pytest.approx(90, rel=0.05)
-    assert room(0.01) == room(-1.0) == 0
+    longest_s = max(step(max(16, int(room(0.1)))) for _ in range(300))
+    fitting = (70 - base_ms) / 2
+    assert room(0.1) == pytest.approx(fitting, rel=0.05 + noise)
+    assert longest_s < 0.1 * (1.02 + noise)
+    assert room(0.1, num_running=0) > room(0.1)
+    assert room(0.02) == room(-1.0) == 0
+
+
+def test_a_chunk_of_a_whole_step_tells_what_a_token_takes() -> None:
+    fits = StepFits(512)
+    fits.add([Work([0] * 600, 600, 0, 500, [], SamplingParams())], 1.0)
+    assert fits.paced_token_s == pytest.approx(0.002)

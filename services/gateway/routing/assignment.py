@@ -32,9 +32,9 @@ class Assignment:
 
     def __init__(self, place: Place, targets: Targets, now: float) -> None:
         self._place = place
-        counted = Assigned(len(place.tokens), targets.tpot_ms / 1000 or math.inf)
+        self._counted = Assigned(len(place.tokens), targets.tpot_ms / 1000 or math.inf)
         for worker in self._workers:
-            worker.assigned[self] = counted
+            worker.assigned[self] = self._counted
             worker.num_placed += 1
         num_tokens = len(place.tokens) - place.num_cached
         place.prefill.backlog.add(self, num_tokens, place.num_cached, now)
@@ -51,6 +51,7 @@ class Assignment:
         """The prompt is computed: prefill has done its part."""
         place = self._place
         place.prefill.backlog.remove(self, now)
+        self._counted.is_awaited = False
         if place.prefill is not place.decode:
             place.prefill.assigned.pop(self, None)
         place.store.prefixes.add(place.keys, [worker.number for worker in self._workers])

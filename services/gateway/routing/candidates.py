@@ -36,6 +36,7 @@ class Candidate:
     name: str
     num_sequences: int
     max_num_seqs: int
+    num_awaited: int = 0  # of its sequences, those whose prompts are still to be computed
     num_context_tokens: int = 0  # of all its sequences
     backlog: Backlog = field(default_factory=Backlog)
     others_s: float = 0.0  # what it has to compute for other gateways
@@ -45,6 +46,7 @@ class Candidate:
     bytes_per_s: float = 0.0  # at which they come; 0.0: not known
     pushed_bytes_per_s: float = 0.0  # at which they go to the store
     num_held: int = 0  # of the request's cached tokens, those that are there
+    paced_token_s: float = 0.0  # one more token of a prompt in its steps; 0.0: not known
     tpot_limit_s: float = math.inf  # the strictest target of those that run there
     num_placed: int = 0  # ever, by this gateway: turns among equals
 

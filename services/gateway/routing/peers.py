@@ -15,12 +15,13 @@ from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, Backlog
 from services.gateway.routing.prefixes import PrefixIndex
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Assigned:
     """A request that a worker has from this gateway. `tpot_target_s` inf: none."""
 
     num_tokens: int
     tpot_target_s: float
+    is_awaited: bool = True  # its first token is still to come
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +74,7 @@ class Worker:
         return Placeable(
             name=self.member.name,
             num_sequences=max(len(self.assigned), load.num_running + load.num_waiting),
+            num_awaited=sum(each.is_awaited for each in assigned),
             max_num_seqs=self.member.max_num_seqs,
             num_context_tokens=max(
                 sum(each.num_tokens for each in assigned), load.num_context_tokens
@@ -85,6 +87,7 @@ class Worker:
             bytes_per_s=load.pulled_bytes_per_s,
             pushed_bytes_per_s=load.pushed_bytes_per_s,
             num_held=num_held,
+            paced_token_s=load.paced_token_ms / 1000,
             tpot_limit_s=self.tpot_limit_s,
             num_placed=self.num_placed,
             worker=self,

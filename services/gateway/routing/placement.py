@@ -8,8 +8,8 @@ one with the least work is taken, so that what is loaded is spared, and of equal
 If none does, or it has no targets, it is the one that serves it soonest and delays others least. A
 decode worker pairs with itself where it may compute the prompt too: a short one, one for whose
 chunks the targets of those that run there leave time (services/decode/pace.py), or one whose KV
-would take longer to move (break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
-al., 2025.)
+would take longer to move (break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms:
+Qin et al., 2025.)
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class _Judge(Generic[C]):
             if max_local_tokens is None:
                 yield self._pair(decode, decode, local, tpot_s, Move())
                 continue
-            local = _between_tokens(decode, local, tpot_s)
+            local = _between_tokens(decode, local, tpot_s, self._running_s(decode), num_tokens)
             ready_s, spared = math.inf, Move()
             for prefill, first in self._prefills:
                 move = expected_move(
@@ -181,6 +181,15 @@ class _Judge(Generic[C]):
         num_sequences = min(decode.num_sequences + 1, decode.max_num_seqs)
         return times.step_s(num_sequences, decode.num_context_tokens + wanted.num_tokens)
 
+    def _running_s(self, decode: C) -> float:
+        """A step of those that run there now."""
+        num_running = decode.num_sequences - decode.num_awaited
+        if num_running <= 0:
+            return 0.0
+        times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
+        share = num_running / decode.num_sequences
+        return times.step_s(num_running, share * decode.num_context_tokens)
+
     def _pair(
         self, prefill: C, decode: C, first: _FirstToken, tpot_s: float, move: Move
     ) -> _Pair[C]:
@@ -206,12 +215,15 @@ class _Judge(Generic[C]):
         return _Pair(prefill, decode, first, tpot_s, move, meets, rank)
 
 
-def _between_tokens(decode: C, first: _FirstToken, tpot_s: float) -> _FirstToken:
+def _between_tokens(
+    decode: C, first: _FirstToken, tpot_s: float, running_s: float, num_tokens: int
+) -> _FirstToken:
     """A prompt that is computed in the steps that give others their tokens: it waits for the
     running one to end. Where targets limit steps it gets what is left of each, and so do those
     before it."""
+    paced_s = num_tokens * decode.paced_token_s
     if not decode.num_sequences:
-        return first
+        return replace(first, compute_s=max(first.compute_s, paced_s))
     if math.isinf(decode.tpot_limit_s):
         return replace(
             first,
@@ -219,10 +231,9 @@ def _between_tokens(decode: C, first: _FirstToken, tpot_s: float) -> _FirstToken
             compute_s=first.compute_s + first.num_steps * tpot_s,
         )
     step_s = PACED_SHARE * decode.tpot_limit_s
-    share = max(_LEAST_SHARE, 1 - tpot_s / step_s)
-    return replace(
-        first, queue_s=first.queue_s / share + step_s / 2, compute_s=first.compute_s / share
-    )
+    share = max(_LEAST_SHARE, 1 - running_s / step_s)
+    compute_s = paced_s or first.compute_s
+    return replace(first, queue_s=first.queue_s / share + step_s / 2, compute_s=compute_s / share)
 
 
 def _is_paced(decode: Candidate, wanted: Wanted) -> bool:
