@@ -123,7 +123,6 @@ class _Judge(Generic[C]):
         self._now = now
         self._ttft_limit_s = wanted.ttft_target_s or math.inf
         self._tpot_limit_s = wanted.tpot_target_s or math.inf
-        self._has_targets = bool(wanted.ttft_target_s or wanted.tpot_target_s)
         self._prompt_steps = [each.prompt_steps for each in (*prefills, *decodes)]
         self._token_steps = [each.token_steps for each in decodes]
         firsts = [(each, self._first_token(each)) for each in prefills]
@@ -223,7 +222,8 @@ def _between_tokens(
     before it."""
     paced_s = num_tokens * decode.paced_token_s
     if not decode.num_sequences:
-        return replace(first, compute_s=max(first.compute_s, paced_s))
+        compute_s = max(first.compute_s, paced_s)
+        return replace(first, compute_s=compute_s, work_s=compute_s)
     if math.isinf(decode.tpot_limit_s):
         return replace(
             first,
@@ -232,8 +232,13 @@ def _between_tokens(
         )
     step_s = PACED_SHARE * decode.tpot_limit_s
     share = max(_LEAST_SHARE, 1 - running_s / step_s)
-    compute_s = paced_s or first.compute_s
-    return replace(first, queue_s=first.queue_s / share + step_s / 2, compute_s=compute_s / share)
+    work_s = paced_s or first.work_s
+    return replace(
+        first,
+        queue_s=first.queue_s / share + step_s / 2,
+        compute_s=work_s / share,
+        work_s=work_s,
+    )
 
 
 def _is_paced(decode: Candidate, wanted: Wanted) -> bool:
