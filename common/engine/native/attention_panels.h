@@ -154,9 +154,9 @@ class PanelTile {
             sum_rows<T>(count, weights, weight_width, &value_panels[d * PANEL_SPAN],
                         value_steps, nearby(), 0, part);
             for (int r = 0; r < count; r++)
-                for (int i = 0; i < PANEL; i += WIDE) {
+                for (int i = 0; i < PANEL; i += LANES) {
                     float* sum = &sums[(first + r) * sum_width + d + i];
-                    store_wide(sum, load_wide(sum) * running[first + r].shrink + load_wide(part + r * PANEL + i));
+                    store(sum, load(sum) * running[first + r].shrink + load(part + r * PANEL + i));
                 }
         }
     }

@@ -116,7 +116,7 @@ class RowTile {
 
     template <typename R>
     void span(const R& at, int head, int64_t begin, int64_t position, int window) {
-        const int padded = (at.count + WIDE - 1) / WIDE * WIDE;
+        const int padded = (at.count + LANES - 1) / LANES * LANES;
         const size_t first = size_t(head) * rows;
         each([&](auto r, int row) {
             with_width([&](auto of_row) {

@@ -5,7 +5,7 @@
 #include "ahead.h"
 #include "softmax.h"
 
-constexpr int PAIR = 2 * WIDE;    // numbers of a row that are taken at once
+constexpr int PAIR = 2 * LANES;    // numbers of a row that are taken at once
 #if defined(__AVX512VL__) || defined(__aarch64__)
 constexpr int MOST = 4;           // rows at once, by how many registers there are
 constexpr int WIDEST = 4;         // vectors of sums for each of them
@@ -17,28 +17,28 @@ constexpr int WIDEST = 2;
 // PAIR numbers as two vectors. bfloat16 is the upper half of a float, so a vector of them splits into
 // its even and its odd numbers by a shift and a mask; `place` gives the order that makes.
 struct WidePair {
-    WideVec first, second;
+    Vec first, second;
 };
-inline WidePair load_pair(const float* p) { return {load_wide(p), load_wide(p + WIDE)}; }
+inline WidePair load_pair(const float* p) { return {load(p), load(p + LANES)}; }
 inline WidePair load_pair(const BFloat16* p) {
-    const WideInt both = load_wide(p);
-    return {reinterpret_cast<WideVec>(both << 16),
-            reinterpret_cast<WideVec>(both & int32_t(0xffff0000))};
+    const IntVec both = load_wide(p);
+    return {reinterpret_cast<Vec>(both << 16),
+            reinterpret_cast<Vec>(both & int32_t(0xffff0000))};
 }
-inline WidePair load_pair(const int8_t* p) { return {load_numbers(p), load_numbers(p + WIDE)}; }
+inline WidePair load_pair(const int8_t* p) { return {load(p), load(p + LANES)}; }
 inline int place(const float*, int d) { return d; }
 inline int place(const int8_t*, int d) { return d; }
 inline int place(const BFloat16*, int d) {
-    return (d & ~(PAIR - 1)) + (d & 1) * WIDE + (d >> 1 & (WIDE - 1));
+    return (d & ~(PAIR - 1)) + (d & 1) * LANES + (d >> 1 & (LANES - 1));
 }
 
 // sums[r] gains the products of PAIR numbers of query r and a key, lane by lane.
 template <int R, typename K>
-inline void add_products(WideVec (&sums)[R], const float* queries, int width, const K* key) {
+inline void add_products(Vec (&sums)[R], const float* queries, int width, const K* key) {
     const WidePair pair = load_pair(key);
     for (int r = 0; r < R; r++) {
-        sums[r] += load_wide(queries + r * width) * pair.first;
-        sums[r] += load_wide(queries + r * width + WIDE) * pair.second;
+        sums[r] += load(queries + r * width) * pair.first;
+        sums[r] += load(queries + r * width + LANES) * pair.second;
     }
 }
 
@@ -50,7 +50,7 @@ template <typename V>
 inline WidePair load_values(const float*, const V* const* values, int d) {
     return load_pair(values[0] + d);
 }
-inline WideVec add_weighted(WideVec sum, WideVec values, const float* weight) {
+inline Vec add_weighted(Vec sum, Vec values, const float* weight) {
     return sum + values * *weight;
 }
 
@@ -58,22 +58,22 @@ inline WideVec add_weighted(WideVec sum, WideVec values, const float* weight) {
 // Two products go to each lane: of neighbouring dimensions for keys, and, once two rows are
 // interleaved, of neighbouring positions for values.
 template <int R>
-inline void add_products(WideVec (&sums)[R], const BFloat16* queries, int width, const BFloat16* key) {
-    const WideInt pairs = load_wide(key);
+inline void add_products(Vec (&sums)[R], const BFloat16* queries, int width, const BFloat16* key) {
+    const IntVec pairs = load_wide(key);
     for (int r = 0; r < R; r++) sums[r] = add_pairs(sums[r], load_wide(queries + r * width), pairs);
 }
 struct WideIntPair {
-    WideInt first, second;
+    IntVec first, second;
 };
 inline WideIntPair load_values(const BFloat16*, const BFloat16* const* values, int d) {
     const auto row = [&](int i) { return _mm512_loadu_si512(values[i] + d); };
-    return {reinterpret_cast<WideInt>(_mm512_unpacklo_epi16(row(0), row(1))),
-            reinterpret_cast<WideInt>(_mm512_unpackhi_epi16(row(0), row(1)))};
+    return {reinterpret_cast<IntVec>(_mm512_unpacklo_epi16(row(0), row(1))),
+            reinterpret_cast<IntVec>(_mm512_unpackhi_epi16(row(0), row(1)))};
 }
-inline WideVec add_weighted(WideVec sum, WideInt values, const BFloat16* weights) {
+inline Vec add_weighted(Vec sum, IntVec values, const BFloat16* weights) {
     int32_t both;
     std::memcpy(&both, weights, 4);
-    return add_pairs(sum, values, WideInt{} + both);
+    return add_pairs(sum, values, IntVec{} + both);
 }
 #endif
 
@@ -85,17 +85,17 @@ inline int query_place(int d) {
 template <typename K>
 inline int sum_place(int d) {
     if (std::is_same_v<Operand<K>, float>) return place(static_cast<const K*>(nullptr), d);
-    return (d & ~(PAIR - 1)) + (d >> 2 & 1) * WIDE + (d >> 3 & 3) * 4 + (d & 3);  // unpacklo, -hi
+    return (d & ~(PAIR - 1)) + (d >> 2 & 1) * LANES + (d >> 3 & 3) * 4 + (d & 3);  // unpacklo, -hi
 }
 
 // Scores of R rows for `count` keys.
 template <int R, typename O, typename K, typename Width, typename A>
 void score_span(const O* queries, Width width, const K* const* keys, int count, float* scores,
                 A& ahead) {
-    for (int s = 0; s < count; s += WIDE) {
-        WideVec fours[R][WIDE / 4];
-        for (int i = 0; i < WIDE; i += 4) {
-            WideVec sums[4][R] = {};
+    for (int s = 0; s < count; s += LANES) {
+        Vec fours[R][LANES / 4];
+        for (int i = 0; i < LANES; i += 4) {
+            Vec sums[4][R] = {};
 #pragma GCC unroll 4
             for (int key = 0; key < 4; key++) {
                 ahead.fetch();
@@ -106,7 +106,7 @@ void score_span(const O* queries, Width width, const K* const* keys, int count, 
                 fours[r][i / 4] = add_crosswise<4>(add_crosswise<2>(sums[0][r], sums[1][r]),
                                                    add_crosswise<2>(sums[2][r], sums[3][r]));
         }
-        for (int r = 0; r < R; r++) store_wide(scores + r * SPAN + s, sum_fours(fours[r]));
+        for (int r = 0; r < R; r++) store(scores + r * SPAN + s, sum_fours(fours[r]));
     }
 }
 
@@ -115,14 +115,14 @@ void score_span(const O* queries, Width width, const K* const* keys, int count, 
 template <typename O, typename V, int R, int W, typename A>
 void add_values(const O* weights, const Running* rows, int width, const V* const* values, int count,
                 float* sums, int d, A& ahead) {
-    WideVec acc[R][W];
+    Vec acc[R][W];
     for (int r = 0; r < R; r++)
         for (int w = 0; w < W; w++)
-            acc[r][w] = load_wide(sums + r * width + d + w * WIDE) * rows[r].shrink;
+            acc[r][w] = load(sums + r * width + d + w * LANES) * rows[r].shrink;
     for (int s = 0; s < count; s += OF_VALUES<O>) {
         for (int i = 0; i < OF_VALUES<O>; i++) ahead.fetch();
         for (int w = 0; w < W; w += 2) {
-            const auto pair = load_values(weights, values + s, d + w * WIDE);
+            const auto pair = load_values(weights, values + s, d + w * LANES);
             for (int r = 0; r < R; r++) {
                 acc[r][w] = add_weighted(acc[r][w], pair.first, weights + r * SPAN + s);
                 acc[r][w + 1] = add_weighted(acc[r][w + 1], pair.second, weights + r * SPAN + s);
@@ -130,14 +130,14 @@ void add_values(const O* weights, const Running* rows, int width, const V* const
         }
     }
     for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++) store_wide(sums + r * width + d + w * WIDE, acc[r][w]);
+        for (int w = 0; w < W; w++) store(sums + r * width + d + w * LANES, acc[r][w]);
 }
 
 template <int R, typename O, typename V, typename A>
 void add_span(const O* weights, const Running* rows, int width, const V* const* values, int count,
               float* sums, A& ahead) {
     int d = 0;
-    for (; d + WIDEST * WIDE <= width; d += WIDEST * WIDE)
+    for (; d + WIDEST * LANES <= width; d += WIDEST * LANES)
         add_values<O, V, R, WIDEST>(weights, rows, width, values, count, sums, d, ahead);
     if constexpr (WIDEST > 2)
         if (d < width) add_values<O, V, R, 2>(weights, rows, width, values, count, sums, d, ahead);
@@ -154,8 +154,8 @@ void copy_rows(const T* const* rows, int count, int head_dim, int width, float* 
         int d = 0;
         for (; d + PAIR <= head_dim; d += PAIR) {
             const WidePair pair = load_pair(rows[s] + d);
-            store_wide(line + d, pair.first);
-            store_wide(line + d + WIDE, pair.second);
+            store(line + d, pair.first);
+            store(line + d + LANES, pair.second);
         }
         for (; d < head_dim; d++) line[place(rows[s], d)] = widen(rows[s][d]);
     }

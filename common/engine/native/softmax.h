@@ -19,28 +19,28 @@ template <int N, typename O>
 void soften(const float* line, O* weights, int64_t end, int window, int count, float scale, Running& row) {
     const int low = int(std::max<int64_t>(window ? end - window : 0, 0));
     const int high = int(std::clamp<int64_t>(end, 0, N));
-    WideInt lanes;
-    for (int i = 0; i < WIDE; i++) lanes[i] = i;
-    const auto seen = [&](int s, WideVec v, float otherwise) {
-        if (s >= low && s + WIDE <= high) return v;
-        const WideInt at = lanes + s;
-        return (at >= low) & (at < high) ? v : WideVec{} + otherwise;
+    IntVec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    const auto seen = [&](int s, Vec v, float otherwise) {
+        if (s >= low && s + LANES <= high) return v;
+        const IntVec at = lanes + s;
+        return (at >= low) & (at < high) ? v : Vec{} + otherwise;
     };
-    WideVec tops = WideVec{} + row.top, sum = {};
-    for (int s = 0; s < high; s += WIDE) {
-        const WideVec scores = seen(s, load_wide(line + s), UNSEEN);
+    Vec tops = Vec{} + row.top, sum = {};
+    for (int s = 0; s < high; s += LANES) {
+        const Vec scores = seen(s, load(line + s), UNSEEN);
         tops = scores > tops ? scores : tops;
     }
-    const float above = reduce(tops, [](WideVec a, WideVec b) { return a > b ? a : b; });
-    for (int s = 0; s < high; s += WIDE) {
-        const WideVec below = load_wide(line + s) * scale - above * scale;
-        const WideVec weight = seen(s, exp2_negative_of<WideVec, WideInt>(below), 0.0f);
+    const float above = reduce(tops, [](Vec a, Vec b) { return a > b ? a : b; });
+    for (int s = 0; s < high; s += LANES) {
+        const Vec below = load(line + s) * scale - above * scale;
+        const Vec weight = seen(s, exp2_negative(below), 0.0f);
         store_weights(weights + s, weight);
         sum += weight;
     }
-    for (int s = (high + WIDE - 1) / WIDE * WIDE; s < count; s += WIDE)
-        store_weights(weights + s, WideVec{});
+    for (int s = (high + LANES - 1) / LANES * LANES; s < count; s += LANES)
+        store_weights(weights + s, Vec{});
     row.shrink = above == row.top ? 1.0f : exp2_negative(splat((row.top - above) * scale))[0];
     row.top = above;
-    row.total = row.total * row.shrink + reduce(sum, [](WideVec a, WideVec b) { return a + b; });
+    row.total = row.total * row.shrink + reduce(sum, [](Vec a, Vec b) { return a + b; });
 }

@@ -10,7 +10,7 @@ template <typename W, int R, typename O>
 __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* panel, int64_t steps,
                                         const char* ahead, int64_t ahead_step, float* out,
                                         int64_t out_stride) {
-    WideVec sums[R][2] = {};
+    Vec sums[R][2] = {};
     TileRows<O, R> rows(x, stride);
     const W* const end = panel + steps * DEPTH<W> * PANEL;
     while (panel < end) {
@@ -25,7 +25,7 @@ __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* pan
     for (int r = 0; r < R; r++)  // unrolled, or the sums would be kept in memory
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++)
-            store_wide(out + r * out_stride + v * WIDE, sums[r][v]);
+            store(out + r * out_stride + v * LANES, sums[r][v]);
 }
 
 template <int R, typename W, typename O>

@@ -149,22 +149,20 @@ inline float sum_all(Vec v) {
 
 // 2^x for x <= 0: nearest integer by the rounding trick, then a polynomial on [-0.5, 0.5] (Cephes
 // exp2f). Below -126 the result is the smallest normal number, which nothing here can see. NaN stays
-// NaN, whatever its payload. V is a vector of floats, I one of as many integers.
-template <typename V, typename I>
-inline V exp2_negative_of(V exact) {
-    const V least = V{} - 126.0f;
-    const V x = least > exact ? least : exact;
-    const V magic = V{} + 12582912.0f;  // 1.5 * 2^23
-    const V shifted = x + magic;
-    const V f = x - (shifted - magic);
-    V y = V{} + 1.535336188319500e-4f;
+// NaN, whatever its payload.
+inline Vec exp2_negative(Vec exact) {
+    const Vec least = Vec{} - 126.0f;
+    const Vec x = least > exact ? least : exact;
+    const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    Vec y = Vec{} + 1.535336188319500e-4f;
     y = y * f + 1.339887440266574e-3f;
     y = y * f + 9.618437357674640e-3f;
     y = y * f + 5.550332471162809e-2f;
     y = y * f + 2.402264791363012e-1f;
     y = y * f + 6.931472028550421e-1f;
     y = y * f + 1.0f;
-    const I exponent = reinterpret_cast<I>(shifted) << 23;
-    return exact == exact ? reinterpret_cast<V>(reinterpret_cast<I>(y) + exponent) : exact;
+    const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
+    return exact == exact ? reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + exponent) : exact;
 }
-inline Vec exp2_negative(Vec exact) { return exp2_negative_of<Vec, IntVec>(exact); }

@@ -16,38 +16,24 @@
 template <typename T>
 using Operand = std::conditional_t<BFLOAT16_PRODUCTS && std::is_same_v<T, BFloat16>, BFloat16, float>;
 
-constexpr int WIDE = LANES;
-
-typedef float WideVec __attribute__((vector_size(4 * WIDE)));
-typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
-
-inline WideVec load_wide(const float* p) {
-    WideVec v;
+// A vector's worth of smaller numbers as they lie, pairs of bfloat16 or fours of int8 in each lane.
+template <typename T>
+inline IntVec load_wide(const T* p) {
+    static_assert(sizeof(T) < 4, "floats fill a lane: load");
+    IntVec v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-inline WideInt load_wide(const BFloat16* p) {  // as pairs
-    WideInt v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-inline WideInt load_wide(const int8_t* p) {  // as fours
-    WideInt v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-inline WideVec load_numbers(const int8_t* p) { return load(p); }  // as floats
-inline void store_wide(float* p, WideVec v) { std::memcpy(p, &v, sizeof v); }
 
 // Lane by lane, sums of two of a's lanes, or of b's. Vectors are paired so again and again, N being of how
 // many the result is (2, 4, then 8 and more): lane i of the last is then the sum of all lanes of vector i.
 template <int N>
-inline WideVec add_crosswise(WideVec a, WideVec b) {
-    WideInt one, other;
-    for (int i = 0; i < WIDE; i++) {
+inline Vec add_crosswise(Vec a, Vec b) {
+    IntVec one, other;
+    for (int i = 0; i < LANES; i++) {
         const int four = i & ~3, at = i & 3;  // lanes of 128 bits are shuffled at once
-        one[i] = N == 2   ? four + at / 2 + at % 2 * WIDE
-                 : N == 4 ? four + at % 2 + at / 2 * WIDE
+        one[i] = N == 2   ? four + at / 2 + at % 2 * LANES
+                 : N == 4 ? four + at % 2 + at / 2 * LANES
                           : 2 * four + at;
         other[i] = one[i] + (N > 4 ? 4 : 2);
     }
@@ -55,8 +41,8 @@ inline WideVec add_crosswise(WideVec a, WideVec b) {
 }
 
 // The last of them, of COUNT vectors that are of four each, which are worked in.
-template <int COUNT = WIDE / 4>
-inline WideVec sum_fours(WideVec* v) {
+template <int COUNT = LANES / 4>
+inline Vec sum_fours(Vec* v) {
     if constexpr (COUNT == 1) {
         return v[0];
     } else {
@@ -66,7 +52,7 @@ inline WideVec sum_fours(WideVec* v) {
 }
 
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
-constexpr int PANEL = 2 * WIDE;
+constexpr int PANEL = 2 * LANES;
 
 // A lane has 4 bytes of neighbours of the inner dimension: a float, a pair of bfloat16, four int8.
 template <typename T>
@@ -102,8 +88,8 @@ class TileRows {
 
 // sums[r] gains the products of row r's next DEPTH numbers and the next numbers of PANEL columns.
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const TileRows<float, R>& x, const float* panel) {
-    const WideVec first = load_wide(panel), second = load_wide(panel + WIDE);
+inline void add_step(Vec (&sums)[R][2], const TileRows<float, R>& x, const float* panel) {
+    const Vec first = load(panel), second = load(panel + LANES);
     for (int r = 0; r < R; r++) {
         sums[r][0] += first * x[r][0];
         sums[r][1] += second * x[r][0];
@@ -111,44 +97,44 @@ inline void add_step(WideVec (&sums)[R][2], const TileRows<float, R>& x, const f
 }
 
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const TileRows<float, R>& x, const BFloat16* panel) {
-    const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
-    const auto even = [](WideInt both) { return reinterpret_cast<WideVec>(both << 16); };
-    const auto odd = [](WideInt both) {
-        return reinterpret_cast<WideVec>(both & int32_t(0xffff0000));
+inline void add_step(Vec (&sums)[R][2], const TileRows<float, R>& x, const BFloat16* panel) {
+    const IntVec first = load_wide(panel), second = load_wide(panel + PANEL);
+    const auto even = [](IntVec both) { return reinterpret_cast<Vec>(both << 16); };
+    const auto odd = [](IntVec both) {
+        return reinterpret_cast<Vec>(both & int32_t(0xffff0000));
     };
-    const WideVec even_first = even(first), even_second = even(second);
+    const Vec even_first = even(first), even_second = even(second);
     for (int r = 0; r < R; r++) {
         sums[r][0] += even_first * x[r][0];
         sums[r][1] += even_second * x[r][0];
     }
-    const WideVec odd_first = odd(first), odd_second = odd(second);
+    const Vec odd_first = odd(first), odd_second = odd(second);
     for (int r = 0; r < R; r++) {
         sums[r][0] += odd_first * x[r][1];
         sums[r][1] += odd_second * x[r][1];
     }
 }
 
-inline void store_weights(float* p, WideVec weights) { store_wide(p, weights); }
+inline void store_weights(float* p, Vec weights) { store(p, weights); }
 
 #if BFLOAT16_PRODUCTS
-inline WideVec add_pairs(WideVec sum, WideInt a, WideInt b) {
-    return reinterpret_cast<WideVec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+inline Vec add_pairs(Vec sum, IntVec a, IntVec b) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                       reinterpret_cast<__m512bh>(a),
                                                       reinterpret_cast<__m512bh>(b)));
 }
-inline void store_weights(BFloat16* p, WideVec weights) {
+inline void store_weights(BFloat16* p, Vec weights) {
     const auto narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(weights));
     std::memcpy(p, &narrow, sizeof narrow);
 }
 
 template <int R>
-inline void add_step(WideVec (&sums)[R][2], const TileRows<BFloat16, R>& x, const BFloat16* panel) {
-    const WideInt first = load_wide(panel), second = load_wide(panel + PANEL);
+inline void add_step(Vec (&sums)[R][2], const TileRows<BFloat16, R>& x, const BFloat16* panel) {
+    const IntVec first = load_wide(panel), second = load_wide(panel + PANEL);
     for (int r = 0; r < R; r++) {
         int32_t both;
         std::memcpy(&both, x[r], 4);
-        const WideInt row = WideInt{} + both;
+        const IntVec row = IntVec{} + both;
         sums[r][0] = add_pairs(sums[r][0], row, first);
         sums[r][1] = add_pairs(sums[r][1], row, second);
     }
@@ -156,27 +142,27 @@ inline void add_step(WideVec (&sums)[R][2], const TileRows<BFloat16, R>& x, cons
 #endif
 
 // Number i of each four, exactly.
-inline WideVec number(WideInt fours, int i) {
-    return __builtin_convertvector((fours << (24 - 8 * i)) >> 24, WideVec);
+inline Vec number(IntVec fours, int i) {
+    return __builtin_convertvector((fours << (24 - 8 * i)) >> 24, Vec);
 }
 
 // A step of an int8 panel holds several of a panel of another type: the one of its numbers from d on.
 inline void widen_step(const int8_t* panel, int d, float* out) {
-    for (int v = 0; v < 2; v++) store_wide(out + v * WIDE, number(load_wide(panel + v * 4 * WIDE), d));
+    for (int v = 0; v < 2; v++) store(out + v * LANES, number(load_wide(panel + v * 4 * LANES), d));
 }
 inline void widen_step(const int8_t* panel, int d, BFloat16* out) {
-    typedef uint32_t Bits __attribute__((vector_size(4 * WIDE)));
+    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
     for (int v = 0; v < 2; v++) {
-        const WideInt fours = load_wide(panel + v * 4 * WIDE);
+        const IntVec fours = load_wide(panel + v * 4 * LANES);
         const auto bits = [&](int i) { return reinterpret_cast<Bits>(number(fours, i)); };
         const Bits pairs = bits(d) >> 16 | (bits(d + 1) & 0xffff0000);
-        std::memcpy(out + v * 2 * WIDE, &pairs, sizeof pairs);
+        std::memcpy(out + v * 2 * LANES, &pairs, sizeof pairs);
     }
 }
 
 // The same sums, to the bit, as the steps of a widened panel give.
 template <int R, typename O>
-inline void add_step(WideVec (&sums)[R][2], const TileRows<O, R>& x, const int8_t* panel) {
+inline void add_step(Vec (&sums)[R][2], const TileRows<O, R>& x, const int8_t* panel) {
 #pragma GCC unroll 4
     for (int d = 0; d < DEPTH<int8_t>; d += DEPTH<O>) {
         alignas(64) O wide[DEPTH<O> * PANEL];
