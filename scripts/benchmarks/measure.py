@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from common.cpus import parse_cpus
 from scripts.benchmarks.progress import progress, say
 
 K = TypeVar("K", bound=Hashable)
@@ -66,11 +67,7 @@ def core_list(text: str | None) -> list[int] | None:
     """Such as 0,1 or 0-3."""
     if text is None:
         return None
-    cores: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
+    return [core for part in text.split(",") for core in sorted(parse_cpus(part))]
 
 
 @contextmanager

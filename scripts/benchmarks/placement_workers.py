@@ -15,6 +15,7 @@ from common.worker.step_fit import StepFits
 from kvbaton.sampling import SamplingParams
 from scripts.benchmarks.trace import Arrival
 from services.gateway.routing.estimates import Backlog
+from services.gateway.routing.placement import LEAST_SHARE
 from services.prefill.scheduler import PrefillScheduler
 
 BLOCK_SIZE = 512  # tokens, the trace's
@@ -193,7 +194,7 @@ class DecodeSim:
         limit_s = PACED_SHARE * tpot_target_s or math.inf
         while left_s > 0:
             others_s = self.steps.step_s(len(self), self._num_context_tokens) if self._ends else 0.0
-            room_s = max(limit_s - others_s, 0.05 * limit_s) if self._ends else math.inf
+            room_s = max(limit_s - others_s, LEAST_SHARE * limit_s) if self._ends else math.inf
             self._run(1, others_s + min(left_s, room_s))
             left_s -= room_s
         return self.now

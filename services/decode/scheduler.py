@@ -2,9 +2,9 @@
 
 Every running sequence gets one token a step; what is left of the step's token budget, and of the
 time that running ones may be kept waiting (pace.py), goes to prompts that this worker computes
-itself, chunk by chunk (Sarathi-Serve, section 4.2), a block at least. A sequence
-that needs a block takes it from the lease. When the store has no more, the youngest gives way: its
-blocks become cache that can be evicted, and it goes on later from what is left of them.
+itself, chunk by chunk (Sarathi-Serve, section 4.2), a block at least. A sequence that needs a block
+takes it from the lease. When the store has no more, the youngest gives way: its blocks become cache
+that can be evicted, and it goes on later from what is left of them.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class DecodeScheduler:
         """Those that are not computed up to their newest token."""
         return [sequence for sequence in self._active if sequence.num_uncomputed > 1]
 
+    def running(self) -> list[Sequence]:
+        """Those that are computed up to their newest token."""
+        return [sequence for sequence in self._active if sequence.num_uncomputed == 1]
+
     def num_context_tokens(self) -> int:
         """Positions that the next token of each running sequence attends to."""
         return sum(len(sequence.tokens) for sequence in self.running())
-
-    def running(self) -> list[Sequence]:
-        """Those that are."""
-        return [sequence for sequence in self._active if sequence.num_uncomputed == 1]
 
     def plan(self, leases: Many[BlockLease], max_prompt_tokens: float = math.inf) -> Plan:
         """The next step. A sequence without a block for its next token sits it out. Prompts get

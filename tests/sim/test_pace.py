@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import Any
 
 import pytest
 
 from common.engine.mock import mock_output
-from kvbaton.sampling import SamplingParams
 from services.decode.worker import DecodeRole
-from services.gateway.backend import GenerationRequest, Targets
+from services.gateway.backend import Targets
 from services.gateway.routing.stream import RequestStream
 from services.prefill.worker import PrefillRole
 from tests.sim.cluster import Shape, SimCluster, simulate
+from tests.sim.test_routing import prompt_of, request
 from tests.sim.world import World
 
 TARGET_MS = 60.0
 SLOW = {"mock_step_ms": 10, "mock_token_ms": 1}  # a chunk of 512 tokens: 522 ms
-
-
-def request(cluster: SimCluster, number: int, num_prompt: int, **fields: Any) -> RequestStream:
-    prompt = [10 + number, *range(10, 9 + num_prompt)]
-    sampling = SamplingParams(max_tokens=fields.pop("num_tokens", 4), temperature=0)
-    return cluster.give(
-        cluster.gateways[0],
-        GenerationRequest(request_id=f"r-{number}", prompt=prompt, sampling=sampling, **fields),
-    )
 
 
 async def arrivals(stream: RequestStream) -> list[float]:
@@ -50,12 +40,12 @@ def gaps_ms(at: list[float]) -> list[float]:
 def test_a_long_prompt_keeps_others_waiting_no_longer_than_their_target(has_target: bool) -> None:
     async def main() -> None:
         async with SimCluster(World(1), Shape(mode="colocated", num_prefill=0, worker=SLOW)) as c:
-            await arrivals(request(c, 0, 40))  # its steps are known from now on
+            await arrivals(request(c, 0, prompt_of(0, 40)))  # its steps are known from now on
             targets = Targets(tpot_ms=TARGET_MS if has_target else 0.0)
-            talker = request(c, 1, 40, num_tokens=100, targets=targets)
+            talker = request(c, 1, prompt_of(1, 40), num_tokens=100, targets=targets)
             task = asyncio.create_task(arrivals(talker))
             await asyncio.sleep(0.2)
-            [first_at, *_] = await arrivals(request(c, 2, 2000))
+            [first_at, *_] = await arrivals(request(c, 2, prompt_of(2, 2000)))
             at = await task
             assert at[-1] > first_at, "they ran beside each other"
             assert (max(gaps_ms(at)) <= TARGET_MS) is has_target
@@ -71,10 +61,12 @@ def test_decode_takes_prompts_that_would_wait_at_prefill(max_local_tokens: int) 
         async with SimCluster(World(1), shape) as cluster:
             [prefill], [decode] = cluster.of_role(PrefillRole), cluster.of_role(DecodeRole)
             targets = Targets(ttft_ms=2000, tpot_ms=TARGET_MS)
-            await arrivals(request(cluster, 0, 500, targets=targets))
+            await arrivals(request(cluster, 0, prompt_of(0, 500), targets=targets))
             num_before = prefill.num_tokens_computed
             streams = [
-                request(cluster, 1 + number, 500, num_tokens=40, targets=targets)
+                request(
+                    cluster, 1 + number, prompt_of(1 + number, 500), num_tokens=40, targets=targets
+                )
                 for number in range(6)
             ]
             started_at = asyncio.get_running_loop().time()

@@ -30,7 +30,7 @@ from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOK
 
 _MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
 _EQUAL = 0.05  # two that differ by less take turns: predictions are no better
-_LEAST_SHARE = 0.05  # of a step's time, that prompts get even where targets leave none
+LEAST_SHARE = 0.05  # of a step's time, that prompts get even where targets leave none
 _SESSION_BONUS = 0.1  # of the time, for each worker that the session knows
 
 
@@ -175,19 +175,21 @@ class _Judge(Generic[C]):
         )
 
     def _tpot_s(self, decode: C) -> float:
-        wanted = self._wanted
-        times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
         num_sequences = min(decode.num_sequences + 1, decode.max_num_seqs)
-        return times.step_s(num_sequences, decode.num_context_tokens + wanted.num_tokens)
+        context = decode.num_context_tokens + self._wanted.num_tokens
+        return self._step_s(decode, num_sequences, context)
 
     def _running_s(self, decode: C) -> float:
         """A step of those that run there now."""
         num_running = decode.num_sequences - decode.num_awaited
         if num_running <= 0:
             return 0.0
-        times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
         share = num_running / decode.num_sequences
-        return times.step_s(num_running, share * decode.num_context_tokens)
+        return self._step_s(decode, num_running, share * decode.num_context_tokens)
+
+    def _step_s(self, decode: C, num_sequences: int, context: float) -> float:
+        times = resolved(decode.token_steps, self._token_steps, GUESSED_TOKEN_STEPS)
+        return times.step_s(num_sequences, context)
 
     def _pair(
         self, prefill: C, decode: C, first: _FirstToken, tpot_s: float, move: Move
@@ -231,7 +233,7 @@ def _between_tokens(
             compute_s=first.compute_s + first.num_steps * tpot_s,
         )
     step_s = PACED_SHARE * decode.tpot_limit_s
-    share = max(_LEAST_SHARE, 1 - running_s / step_s)
+    share = max(LEAST_SHARE, 1 - running_s / step_s)
     work_s = paced_s or first.work_s
     return replace(
         first,
