@@ -20,6 +20,7 @@ from scripts.cluster.processes import (
     die_with_parent,
     kill_descendants,
     wait_for_descendants,
+    wait_for_end,
 )
 from scripts.cluster.terminal import LogLine
 
@@ -63,8 +64,11 @@ class Honcho:
         ended = self._process.poll() is not None
         return next(iter(self._reasons.values()), "honcho ended" if ended else "")
 
-    def wait(self) -> str:
-        """Wait for honcho's end, which comes when one of its processes ends; returns the reason."""
+    def wait(self, stopped: int) -> str:
+        """Wait for honcho's end, which comes when one of its processes ends; returns the reason, ""
+        if the descriptor `stopped` can be read first."""
+        if not wait_for_end(self._process.pid, stopped):
+            return ""
         self._process.wait()
         return self._reasons.get(MISCONFIGURED, "honcho ended")
 

@@ -100,6 +100,19 @@ def _reap() -> None:
             pass
 
 
+def wait_for_end(child: int, interrupt: int) -> bool:
+    """Wait until the process `child`, which nobody has reaped, has ended. Returns False as soon as
+    the descriptor `interrupt` can be read."""
+    pidfd = os.pidfd_open(child)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.register(interrupt, select.POLLIN)
+        return interrupt not in dict(poller.poll())
+    finally:
+        os.close(pidfd)
+
+
 def _wait_for_any(pids: list[int], timeout_s: float) -> None:
     """Wait until the first of these processes ends."""
     poller = select.poll()

@@ -33,22 +33,35 @@ class Stopped(BaseException):
     """A signal asked for the end; no handler of errors in between may swallow it."""
 
 
-def _stop_on_signals() -> None:
-    """Raise Stopped at the first signal; from then on the end is under way."""
+def _stop_on_signals() -> int:
+    """Raise Stopped at the first signal; from then on the end is under way.
+
+    Returns what can be read from then on, for who waits without an end: Python sees a signal that
+    comes just before a system call only after it, and drops what is raised in a finaliser.
+    """
 
     def on_signal(_signum: int, _frame: FrameType | None) -> None:
-        for signum in _STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+        _ignore_signals()
         raise Stopped
 
+    stopped, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
     for signum in _STOP_SIGNALS:
         under_nohup = signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
         if not under_nohup:
             signal.signal(signum, on_signal)
+    return stopped
 
 
-def serve(plan: Plan, screen: Screen) -> int:
-    """Run the cluster until a signal or a failure. Returns the exit status."""
+def _ignore_signals() -> None:
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def serve(plan: Plan, screen: Screen, stopped: int) -> int:
+    """Run the cluster until a signal, from when on `stopped` can be read, or a failure. Returns the
+    exit status."""
 
     is_ending = False
 
@@ -59,15 +72,16 @@ def serve(plan: Plan, screen: Screen) -> int:
 
     honcho = Honcho(plan, on_line)
     try:
-        return _run(honcho, plan, screen)
+        return _run(honcho, plan, screen, stopped)
     except Stopped:
         return 0
     finally:
         is_ending = True
+        _ignore_signals()
         _end(honcho, plan, screen)
 
 
-def _run(honcho: Honcho, plan: Plan, screen: Screen) -> int:
+def _run(honcho: Honcho, plan: Plan, screen: Screen, stopped: int) -> int:
     try:
         counts = ", ".join(f"{count} {role}" for role, count in plan.counts.items() if count)
         screen.line(f"kvbaton: {counts}")
@@ -79,7 +93,9 @@ def _run(honcho: Honcho, plan: Plan, screen: Screen) -> int:
                 show_sample(plan, screen)
         with screen.without_logs():
             show_hints(plan, screen)
-        raise StartError(honcho.wait())
+        if ended := honcho.wait(stopped):
+            raise StartError(ended)
+        raise Stopped
     except (StartError, KvbatonError) as error:
         screen.end_progress()
         screen.line(screen.styled(f"scripts/serve: {error}", RED))
@@ -121,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"scripts/serve: cannot make keys: {error}", file=sys.stderr)
         return 1
-    _stop_on_signals()
-    return serve(plan, Screen())
+    stopped = _stop_on_signals()
+    return serve(plan, Screen(), stopped)
 
 
 if __name__ == "__main__":

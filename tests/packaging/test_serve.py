@@ -17,7 +17,7 @@ from typing import IO
 import pytest
 
 from kvbaton import Client
-from tests.ports import free_port
+from tests.ports import free_cluster_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "KVBATON_TEST_MARKER"
@@ -29,7 +29,7 @@ class Cluster:
     """Processes that carry a marker in their environment, so that each can be found again."""
 
     def __init__(self, tmp_path: Path) -> None:
-        self.http_port = free_port()
+        self.http_port = free_cluster_port()
         self.arenas = tmp_path / "arenas"
         self.arenas.mkdir()
         self._marker = uuid.uuid4().hex
