@@ -18,7 +18,7 @@ from tests.sim.scenario import MODES, NUM_FAULTS, NUM_REQUESTS, Report, draw, ru
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-NUM_SEEDS, NUM_SEEDS_LONG = 150, 2000  # of each mode
+NUM_SEEDS, NUM_SEEDS_LONG = 110, 2000  # of each mode
 STATES = {UNOPENED, "waiting", "reserved", "filling", "sealed", "claimed", "aborting", "held"}
 
 
