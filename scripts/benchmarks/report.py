@@ -39,7 +39,8 @@ class Report:
         """Show a table; all columns but the first are numbers."""
         table = Table(title=title, title_justify="left")
         for place, column in enumerate(columns):
-            table.add_column(column, justify="right" if place else "left")
+            # What a row is about is never cut: targets differ in their last setting.
+            table.add_column(column, justify="right" if place else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self._tables.append(table)
