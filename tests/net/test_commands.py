@@ -185,7 +185,9 @@ def on_terminal(endpoint: str, key_file: Path, keys: bytes, *, plain: bool) -> t
     and what was drawn."""
     flags = ["--gateway", endpoint, "--keys", "", "--admin-key-file", str(key_file)]
     program = [
-        "import os, sys",
+        "import os, signal, sys",
+        # Tests may run in the background of a script, where what they start ignores Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
         "os.open(os.ttyname(0), os.O_RDWR)",  # it becomes ours: Ctrl-C is a signal
         "sys.modules['rich.live'] = None" if plain else "",
         "from kvbaton.__main__ import main",
