@@ -8,9 +8,7 @@ docs/decisions/keeper.md says why honcho needs it.
 from __future__ import annotations
 
 import json
-import math
 import os
-import select
 import signal
 import sys
 import time
@@ -22,7 +20,12 @@ from scripts.cluster.admin_key import ADMIN_KEY_FILE, VARIABLE, make_admin_key
 from scripts.cluster.config_file import with_file
 from scripts.cluster.identity import KEYS_FOLDER, KEYS_VARIABLE, identify, service_settings
 from scripts.cluster.ports import ClusterError
-from scripts.cluster.processes import die_with_parent, process_info
+from scripts.cluster.processes import (
+    die_with_parent,
+    process_info,
+    readable,
+    signal_descriptor,
+)
 
 # The service may drain for 3.5 s (common/service.py); honcho kills 5 s after the first has stopped.
 STOP_TIMEOUT_S = 3.8
@@ -90,9 +93,7 @@ class Reasons:
     """Waits, and says why to stop: a signal, or the end of honcho."""
 
     def __init__(self, honcho: int | None) -> None:
-        self._signals, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end)
+        self._signals = signal_descriptor()
         for signum in _STOP_SIGNALS:
             signal.signal(signum, lambda *_: None)
         self._honcho = os.pidfd_open(honcho) if honcho else None
@@ -100,18 +101,10 @@ class Reasons:
     def wait(self, child: int | None = None, timeout_s: float | None = None) -> str:
         """The reason to stop; "" when the process of the pidfd `child` ended or time is up."""
         descriptors = [self._signals, self._honcho, child]
-        ready = _poll([fd for fd in descriptors if fd is not None], timeout_s)
+        ready = readable([fd for fd in descriptors if fd is not None], timeout_s)
         if self._signals in ready:
             return f"got {signal.Signals(os.read(self._signals, 1)[0]).name}"
         return "honcho is gone" if self._honcho in ready else ""
-
-
-def _poll(descriptors: Sequence[int], timeout_s: float | None) -> list[int]:
-    poller = select.poll()
-    for descriptor in descriptors:
-        poller.register(descriptor, select.POLLIN)
-    timeout_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
-    return [descriptor for descriptor, _ in poller.poll(timeout_ms)]
 
 
 class Child:
@@ -136,7 +129,7 @@ class Child:
     def stop(self, timeout_s: float) -> tuple[int, bool]:
         """SIGTERM, and SIGKILL after `timeout_s`. Returns the exit code, and whether it obeyed."""
         os.kill(self._pid, signal.SIGTERM)
-        in_time = bool(_poll([self.pidfd], timeout_s))
+        in_time = bool(readable([self.pidfd], timeout_s))
         if not in_time:
             os.killpg(self._pid, signal.SIGKILL)
         return self.reap(), in_time

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -105,25 +106,38 @@ def wait_for_end(child: int, interrupt: int) -> bool:
     the descriptor `interrupt` can be read."""
     pidfd = os.pidfd_open(child)
     try:
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.register(interrupt, select.POLLIN)
-        return interrupt not in dict(poller.poll())
+        return interrupt not in readable([pidfd, interrupt])
     finally:
         os.close(pidfd)
 
 
+def signal_descriptor() -> int:
+    """A descriptor that can be read from the first signal on that Python has a handler for, also
+    where that handler has not run yet."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+    return read_end
+
+
+def readable(descriptors: Sequence[int], timeout_s: float | None = None) -> list[int]:
+    """Wait until one of these can be read, as a pidfd can when its process ends; returns which."""
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    timeout_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
+    return [descriptor for descriptor, _ in poller.poll(timeout_ms)]
+
+
 def _wait_for_any(pids: list[int], timeout_s: float) -> None:
     """Wait until the first of these processes ends."""
-    poller = select.poll()
     pidfds = []
     try:
         for pid in pids:
             with suppress(ProcessLookupError):
                 pidfds.append(os.pidfd_open(pid))
-                poller.register(pidfds[-1], select.POLLIN)
         if len(pidfds) == len(pids):
-            poller.poll(math.ceil(timeout_s * 1000))
+            readable(pidfds, timeout_s)
     finally:
         for pidfd in pidfds:
             os.close(pidfd)

@@ -20,6 +20,7 @@ from scripts.cluster.identity import KEYS_FOLDER, ROOT
 from scripts.cluster.keys import make_keys
 from scripts.cluster.options import Plan, parse_plan
 from scripts.cluster.ports import ClusterError
+from scripts.cluster.processes import signal_descriptor
 from scripts.cluster.ready import StartError, check_ports, wait_until_ready
 from scripts.cluster.sample import show_hints, show_sample
 from scripts.cluster.terminal import RED, LogLine, Screen
@@ -44,9 +45,7 @@ def _stop_on_signals() -> int:
         _ignore_signals()
         raise Stopped
 
-    stopped, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)
+    stopped = signal_descriptor()
     for signum in _STOP_SIGNALS:
         under_nohup = signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
         if not under_nohup:

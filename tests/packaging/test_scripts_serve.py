@@ -1,7 +1,6 @@
 """scripts/serve with stand-ins for the services: how it starts, fails, and ends everything."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from typing import IO
 
 import pytest
 
-from scripts.cluster.processes import descendants
+from scripts.cluster.processes import descendants, readable
 from tests.ports import free_cluster_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,10 +142,7 @@ def open_witness(folder: Path, process: "subprocess.Popen[str]") -> IO[str]:
     """The witness for reading, as soon as a service holds it."""
     witness = os.open(folder / "witness", os.O_RDONLY | os.O_NONBLOCK)
     serve = os.pidfd_open(process.pid)
-    poller = select.poll()
-    poller.register(witness, select.POLLIN)
-    poller.register(serve, select.POLLIN)
-    ready = dict(poller.poll())
+    ready = readable([witness, serve])
     os.close(serve)
     if witness not in ready:
         os.close(witness)
