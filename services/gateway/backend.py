@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from kvbaton.sampling import SamplingParams
 from services.gateway.observe.timeline import Attempts
 from services.gateway.routing.decision import Decision
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     """One token. `index` counts output tokens from 0; the last event alone has a finish reason.
 
     finish_reason: "stop" (eos or a stop token id, which is then token_id), "length".

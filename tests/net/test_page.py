@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -88,7 +87,7 @@ def test_nothing_in_the_files_is_from_elsewhere_or_in_line() -> None:
 @pytest.mark.parametrize("options", [{}, {"include_worker": True}])
 async def test_chunks_tell_who_made_them_where_that_is_asked_for(options: dict[str, bool]) -> None:
     def script(_request: object) -> list[TokenEvent]:
-        return [replace(event, worker="decode.3") for event in says("one two")]
+        return [msgspec.structs.replace(event, worker="decode.3") for event in says("one two")]
 
     async with running_face(FakeBackend(script)) as face, client_of(face) as http:
         body = {"prompt": "x", "stream": True, "stream_options": options}

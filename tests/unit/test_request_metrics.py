@@ -50,7 +50,7 @@ def token(metrics: RequestMetrics, each: RequestStream, now: float, reason: str 
     index = len(each.tokens)
     each.deliver(OutputToken(handoff_id="h", index=index, token_id=7, finish_reason=reason or None))
     each.timeline.first_token_at = each.timeline.first_token_at or now
-    metrics.tokens(each, 1, now)
+    metrics.tokens([(each, 1)], now)
 
 
 def serve(

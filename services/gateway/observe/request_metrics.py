@@ -121,16 +121,18 @@ class RequestMetrics:
                 _CACHED_TOKENS.inc(stream.num_cached_tokens)
                 _LOADED_TOKENS.inc(min(num_loaded_tokens, stream.num_cached_tokens))
 
-    def tokens(self, stream: RequestStream, num_tokens: int, now: float) -> None:
-        """So many tokens of the request have come into their order just now."""
-        _OUTPUT_TOKENS.inc(num_tokens)
-        self.num_tokens += num_tokens
-        for _ in range(num_tokens):
-            if stream.last_token_at:
-                _BETWEEN_TOKENS.observe(now - stream.last_token_at)
-            elif not stream.request.resumed:
-                _FIRST_TOKEN.observe(now - stream.timeline.received_at)
-            stream.last_token_at = now
+    def tokens(self, came: Sequence[tuple[RequestStream, int]], now: float) -> None:
+        """So many tokens of each of these requests have come into their order just now."""
+        num_came = sum(num_tokens for _, num_tokens in came)
+        _OUTPUT_TOKENS.inc(num_came)
+        self.num_tokens += num_came
+        for stream, num_tokens in came:
+            for _ in range(num_tokens):
+                if stream.last_token_at:
+                    _BETWEEN_TOKENS.observe(now - stream.last_token_at)
+                elif not stream.request.resumed:
+                    _FIRST_TOKEN.observe(now - stream.timeline.received_at)
+                stream.last_token_at = now
 
     def ended(self, stream: RequestStream, outcome: str) -> None:
         """The request is over: `outcome` is finished, cancelled, or the code of an error."""

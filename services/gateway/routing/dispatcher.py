@@ -294,14 +294,16 @@ class Dispatcher:
 
     def _on_tokens(self, worker: Worker, message: OutputTokens) -> None:
         now = self._clock.now()
+        came: list[tuple[RequestStream, int]] = []
         for token in message.tokens:
             attempt = self._by_handoff.get(token.handoff_id)
             if attempt is not None:
-                num_before = len(attempt.stream.tokens)
+                stream = attempt.stream
+                num_before = len(stream.tokens)
                 attempt.on_token(worker, token, now)
-                num_tokens = len(attempt.stream.tokens) - num_before
-                self.metrics.tokens(attempt.stream, num_tokens, now)
-                self._admission.first_token(attempt.stream, now)
+                came.append((stream, len(stream.tokens) - num_before))
+                self._admission.first_token(stream, now)
+        self.metrics.tokens(came, now)
         self._placer.let_in()
 
     def _on_dropped(self, message: Dropped) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from common.messages import OutputToken
 from common.scores import MAX_SCORES, unpack_scores
@@ -34,13 +35,17 @@ class RequestStream:
         self.is_over = False
         self.task: asyncio.Task[None] | None = None  # serves the request
         self._early: dict[int, tuple[OutputToken, str]] = {}  # came before one with a smaller index
-        self._events: asyncio.Queue[TokenEvent | KvbatonError] = asyncio.Queue()
+        self._events: deque[TokenEvent | KvbatonError] = deque()
+        self._news: asyncio.Future[None] | None = None  # what the reader waits for
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        event = await self._events.get()
+        while not self._events:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        event = self._events.popleft()
         if isinstance(event, KvbatonError):
             raise event
         return event
@@ -89,7 +94,7 @@ class RequestStream:
             self.timeline.num_output_tokens += 1
             self.is_over = next_token.finish_reason is not None
             self.timeline.finish_reason = next_token.finish_reason or ""
-            self._events.put_nowait(
+            self._tell(
                 TokenEvent(
                     index=next_token.index,
                     token_id=next_token.token_id,
@@ -108,7 +113,7 @@ class RequestStream:
     def give_up(self, error: KvbatonError) -> None:
         """As `cancel`, and the reader is told why."""
         if not self.is_over:
-            self._events.put_nowait(error)
+            self._tell(error)
             self.timeline.error = error.code
             self.cancel()
 
@@ -117,7 +122,12 @@ class RequestStream:
         if not self.is_over:
             self.is_over = True
             self.timeline.error = error.code
-            self._events.put_nowait(error)
+            self._tell(error)
+
+    def _tell(self, event: TokenEvent | KvbatonError) -> None:
+        self._events.append(event)
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
 
 def _check_prompt_logprobs(request: GenerationRequest) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from kvbaton.errors import InvalidRequestError, KvbatonError
 from kvbaton.protocol import MAX_CACHE_SALT_CHARS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
@@ -19,8 +20,7 @@ _MAX_CHARS_ON_LOOP = 16 * 1024
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class TextToken:
+class TextToken(msgspec.Struct, frozen=True):
     """One output token and the text it completes.
 
     `text` is empty while a character is incomplete or a stop string may have begun; the last token
