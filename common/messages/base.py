@@ -55,14 +55,16 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"
 class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How busy a worker is. `num_tokens_queued`: prompt tokens accepted and not yet computed, which
     take about `queued_s`. `num_context_tokens`: positions that one token of each running sequence
-    attends to. `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those
-    that do not. `pulled_bytes_per_s`, `pushed_bytes_per_s`: how fast blocks come from the store and
-    go there, where they must; 0 before any has.
+    attends to. `num_decoding`: sequences that a prefill worker decodes itself, or will.
+    `prompt_steps`, `token_steps`: how long steps take that compute prompts, and those that do not.
+    `pulled_bytes_per_s`, `pushed_bytes_per_s`: how fast blocks come from the store and go there,
+    where they must; 0 before any has.
     `is_draining`: it ends what it has, or hands it on, and takes nothing new. `num_steps`: that it
     has run; of two reports, which come by different ways, the one with fewer is the older."""
 
     num_running: Count = 0
     num_waiting: Count = 0
+    num_decoding: Count = 0
     num_tokens_queued: Count = 0
     queued_s: Amount = 0.0
     num_context_tokens: Count = 0
@@ -77,7 +79,8 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A process of the cluster. `member_id` is new at each start: an incarnation, not a name."""
+    """A process of the cluster. `member_id` is new at each start: an incarnation, not a name.
+    `decodes`: a worker that can, a prefill worker too unless it is of an older version."""
 
     member_id: MemberId
     role: Annotated[str, msgspec.Meta(pattern="^(gateway|prefill|decode)$")]
@@ -90,6 +93,7 @@ class Member(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     version: RequestName = ""  # of its program
     max_model_len: Count = 0
     max_num_seqs: Count = 0
+    decodes: bool = False
     mover: Annotated[str, msgspec.Meta(pattern="^(auto|shm|zmq)$")] = "shm"
     layout: KvLayout | None = None
     load: Load = Load()

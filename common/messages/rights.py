@@ -39,7 +39,21 @@ from kvbaton.errors import ForbiddenError
 Rights = Mapping[str, frozenset[type[Any]]]  # by role
 
 _MEMBER = frozenset({Hello, Heartbeat, Leave, Stopped})
-_WORKER = _MEMBER | {Fill, Commit, Seal, Quit, Discard, Holdings}
+# Alike for both: a prefill worker decodes some of what it has computed.
+_WORKER = _MEMBER | {
+    Fill,
+    Commit,
+    Seal,
+    Claim,
+    Suspend,
+    Yield,
+    Release,
+    Quit,
+    Discard,
+    Lease,
+    GiveBack,
+    Holdings,
+}
 _ANYBODY = frozenset({protocol.Hello, protocol.Ping, protocol.Cancel, questions.Models})
 _CLIENT = _ANYBODY | {
     protocol.Generate,
@@ -62,13 +76,13 @@ RIGHTS: Mapping[str, Rights] = {
         "gateway": _MEMBER
         | {OpenHandoff, AbortHandoff, AskAudit, AskWhy, AskStatus, DropCache, SetLogLevel},
         "prefill": _WORKER,
-        "decode": _WORKER | {Claim, Release, Suspend, Yield, Lease, GiveBack},
+        "decode": _WORKER,
     },
     "kvstore data": {
         role: frozenset({Hello, Heartbeat, PutBlocks, GetBlocks, OfferMemory})
         for role in ("prefill", "decode")
     },
-    "prefill": {"gateway": _OF_GATEWAY | {Prefill}},
+    "prefill": {"gateway": _OF_GATEWAY | {Prefill, Reserve}},
     "decode": {"gateway": _OF_GATEWAY | {Reserve}},
     "gateway": {"client": _CLIENT, "admin": _ADMIN, "": _CLIENT | _ADMIN},
 }

@@ -220,6 +220,7 @@ class WorkerRuntime:
             version=VERSION,
             max_model_len=self.info.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
+            decodes=True,
             # By NIXL or not, it is memory of its own and checked on its way.
             mover="zmq" if self.config.mover == "nixl" else self.config.mover,
             layout=self.info.layout,

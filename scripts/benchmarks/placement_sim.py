@@ -197,7 +197,7 @@ class Simulation:
             [
                 Candidate(
                     name=f"prefill.{each.number}",
-                    num_sequences=len(each.backlog),
+                    num_sequences=0,
                     max_num_seqs=_MAX_NUM_SEQS,
                     backlog=each.backlog,
                     prompt_steps=each.fits.prompts,

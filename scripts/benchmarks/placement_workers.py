@@ -90,7 +90,7 @@ class PrefillSim:
         self.is_running = False
         self.fits = StepFits(steps.max_tokens)
         self._steps = steps
-        self._scheduler = PrefillScheduler(steps.max_tokens, _MAX_NUM_SEQS)
+        self._scheduler = PrefillScheduler(_MAX_NUM_SEQS)
         self._in_order_of_arrival = in_order_of_arrival
         self._jobs: dict[Prompt, Job] = {}
 
@@ -122,7 +122,7 @@ class PrefillSim:
 
     def step(self) -> tuple[list[tuple[Prompt, int]], float]:
         """The next step and how long it takes; no prompts, no step."""
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._steps.max_tokens)
         context = sum(attended(count, prompt.num_computed) for prompt, count in plan)
         takes_s = self._steps.step_s(sum(count for _, count in plan), context)
         self.fits.add([prompt.work(count) for prompt, count in plan], takes_s)

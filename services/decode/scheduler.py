@@ -72,6 +72,14 @@ class DecodeScheduler:
     def plan(self, leases: Many[BlockLease], max_prompt_tokens: float = math.inf) -> Plan:
         """The next step. A sequence without a block for its next token sits it out. Prompts get
         `max_prompt_tokens`, but not less than a block, so that none waits for ever."""
+        plan = self.plan_tokens(leases)
+        prompts = [sequence for sequence in self.prompts() if sequence not in plan.preempted]
+        left = self._budget - len(plan.steps)
+        plan.steps += plan_chunks(prompts, int(min(left, max(max_prompt_tokens, self._block_size))))
+        return plan
+
+    def plan_tokens(self, leases: Many[BlockLease]) -> Plan:
+        """The next step without prompts."""
         plan = Plan()
         for sequence in self._active:
             if sequence.num_uncomputed > 1 or sequence in plan.preempted:
@@ -82,13 +90,6 @@ class DecodeScheduler:
             elif lease.starved:
                 lease.starved = False  # what is given up now is worth asking for
                 plan.preempted.append(self._youngest(sequence.store))
-        prompts = [
-            sequence
-            for sequence in self._active
-            if sequence.num_uncomputed > 1 and sequence not in plan.preempted
-        ]
-        left = self._budget - len(plan.steps)
-        plan.steps += plan_chunks(prompts, int(min(left, max(max_prompt_tokens, self._block_size))))
         return plan
 
     def _grow(self, sequence: Sequence, lease: BlockLease) -> bool:

@@ -40,6 +40,7 @@ from common.messages import (
     Suspend,
 )
 from common.net.server import failed
+from common.worker.lease import BlockLease
 from common.worker.runtime import WorkerRuntime
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
@@ -47,7 +48,7 @@ from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.decode.departure import Departure
 from services.decode.pace import Paces
 from services.decode.places import Places
-from services.decode.scheduler import DecodeScheduler
+from services.decode.scheduler import DecodeScheduler, Plan
 
 log = structlog.get_logger()
 
@@ -227,23 +228,35 @@ class DecodeRole:
     # ---- steps ----------------------------------------------------------------------------------
 
     def plan(self) -> list[tuple[Sequence, Work]]:
-        stores = self._runtime.stores
-        plan = self._scheduler.plan([store.lease for store in stores], self._max_prompt_tokens())
+        room = self.num_prompt_tokens() if self._scheduler.prompts() else math.inf
+        return self._begin(self._scheduler.plan(self._leases(), room))
+
+    def plan_tokens(self) -> list[tuple[Sequence, Work]]:
+        """`plan` without `prompts`: somebody else plans these."""
+        return self._begin(self._scheduler.plan_tokens(self._leases()))
+
+    def prompts(self) -> list[Sequence]:
+        """Those that are to be computed here, and have their blocks."""
+        return self._scheduler.prompts()
+
+    def _leases(self) -> list[BlockLease]:
+        return [store.lease for store in self._runtime.stores]
+
+    def _begin(self, plan: Plan) -> list[tuple[Sequence, Work]]:
+        """Do what a step takes beside computing it."""
         for sequence in plan.preempted:
             self._scheduler.remove(sequence)
             self._runtime.tasks.spawn(self._suspend(sequence), "suspend")
-        for store in stores:
+        for store in self._runtime.stores:
             num_wanted = store.lease.num_wanted(self._scheduler.num_active(store.index))
             if num_wanted:
                 store.lease.asking = True
                 self._runtime.tasks.spawn(self._refill(store, num_wanted), "refill")
         return self._runtime.works(plan.steps)
 
-    def _max_prompt_tokens(self) -> float:
-        """That the next step may compute, so that others get their tokens in time."""
+    def num_prompt_tokens(self) -> float:
+        """How many the next step may compute, so that those that run get theirs in time."""
         prompts = self._scheduler.prompts()
-        if not prompts:
-            return math.inf
         others = [each for each in self._sequences.values() if each not in prompts]
         return self._runtime.step_fits.num_prompt_tokens(
             self._paces.limit_s(others, self._runtime.seams.clock.now()),

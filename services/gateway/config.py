@@ -62,6 +62,11 @@ class GatewayConfig:
         "where targets per token pace it, or moving their KV would take longer; 0: none",
         low=0,
     )
+    local_decode: bool = setting(
+        True,
+        "a prefill worker decodes what it has computed where no decode worker has a place or "
+        "would meet the target per token",
+    )
     max_outage_s: float = setting(
         60.0, "how long a request that has begun waits for workers or a store to come back", low=0
     )

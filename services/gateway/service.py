@@ -88,6 +88,7 @@ class Gateway:
                 targets=Targets(config.ttft_target_ms, config.tpot_target_ms),
                 refuses_late=config.refuse_late,
                 max_local_tokens=config.max_local_tokens,
+                local_decode=config.local_decode,
             ),
             admission=Admission(
                 max_requests=config.max_requests,

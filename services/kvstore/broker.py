@@ -135,14 +135,15 @@ class Broker:
     # ---- a gateway's ----------------------------------------------------------------------------
 
     def _open(self, gateway_id: str, message: OpenHandoff) -> None:
-        colocated = message.prefill_id == message.decode_id
-        wanted = {message.prefill_id: "prefill"} if not colocated else {}
-        for member_id, role in (wanted | {message.decode_id: "decode"}).items():
+        wanted = {message.prefill_id: ["prefill"], message.decode_id: ["decode"]}
+        if len(wanted) == 1:  # one that does both
+            wanted[message.decode_id] = ["decode", "prefill"]
+        for member_id, roles in wanted.items():
             found = self._role_of(member_id)
             if found is None:
                 raise UnavailableError("a worker of this handoff has gone", retry_after_s=1)
-            if found != role:
-                raise ProtocolError(f"{member_id} is a {found}, not a {role} worker")
+            if found not in roles:
+                raise ProtocolError(f"{member_id} is a {found}, not a {roles[0]} worker")
         request = OpenRequest(
             request_id=message.request_id,
             gateway_id=gateway_id,

@@ -10,6 +10,7 @@ A sequence stays in the line until its last token is computed.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from operator import itemgetter
 
 from common.worker.sequence import Sequence, plan_chunks
@@ -18,8 +19,7 @@ from common.worker.sequence import Sequence, plan_chunks
 class PrefillScheduler:
     """The line of prompts of one prefill worker."""
 
-    def __init__(self, max_num_batched_tokens: int, max_num_seqs: int) -> None:
-        self._budget = max_num_batched_tokens
+    def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs
         self._ready: list[tuple[float, Sequence]] = []  # the first due first
 
@@ -31,7 +31,11 @@ class PrefillScheduler:
         """The sequence is computed or over."""
         self._ready = [ready for ready in self._ready if ready[1] is not sequence]
 
-    def plan(self) -> list[tuple[Sequence, int]]:
-        """The next step: sequences, and how many tokens of each."""
-        first = [sequence for _, sequence in self._ready[: self._max_num_seqs]]
-        return plan_chunks(first, self._budget)
+    def plan(
+        self, budget: int, others: Iterable[tuple[float, Sequence]] = ()
+    ) -> list[tuple[Sequence, int]]:
+        """The next step: sequences, and how many tokens of each, `budget` in all. `others` are not
+        in the line, but have their turn as if they were: when they are due."""
+        line = sorted([*self._ready, *others], key=itemgetter(0)) if others else self._ready
+        first = [sequence for _, sequence in line[: self._max_num_seqs]]
+        return plan_chunks(first, budget)

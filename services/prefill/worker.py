@@ -8,19 +8,35 @@ The life of a request here:
 4. The last chunk's logits give token 0. It goes straight to the gateway, before the handoff.
 5. `seal` tells the store that we write no more; the store tells decode to claim.
 An abort at any point is confirmed with `quit` once our running step has ended.
+
+Where decode workers are at their limit a gateway sends `reserve` instead: what is computed stays
+here, and we are its decode worker (services/decode/worker.py). Our prompts then share our steps
+with its tokens, and are cut so that these come in time.
 """
 
 from __future__ import annotations
 
+import msgspec
 import structlog
 
 from common.engine.work import Sampled, Work
-from common.messages import Aborted, Fill, Load, Message, Ok, Prefill, Quit, Seal, StaleError
+from common.messages import (
+    Aborted,
+    Fill,
+    Load,
+    Message,
+    Ok,
+    Prefill,
+    Reserve,
+    Seal,
+    StaleError,
+)
 from common.step_times import due_at
 from common.worker.runtime import WorkerRuntime
 from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
+from services.decode.worker import DecodeRole
 from services.prefill.scheduler import PrefillScheduler
 
 log = structlog.get_logger()
@@ -32,40 +48,52 @@ class PrefillRole:
     def __init__(self, runtime: WorkerRuntime) -> None:
         config = runtime.config
         self._runtime = runtime
-        self._scheduler = PrefillScheduler(config.max_num_batched_tokens, config.max_num_seqs)
+        self._budget = config.max_num_batched_tokens
+        self._scheduler = PrefillScheduler(config.max_num_seqs)
+        self._kept = DecodeRole(runtime)  # what stays here, from its prompt on
         self._sequences: dict[str, Sequence] = {}
         self._max_held = config.max_num_seqs + config.max_waiting
 
     def load(self) -> Load:
-        fits = self._runtime.step_fits
-        return Load(
-            num_running=len(self._sequences),
-            num_tokens_queued=sum(seq.num_uncomputed for seq in self._sequences.values()),
-            queued_s=fits.queued_s(self._sequences.values()),
-            tokens_per_s=self._runtime.tokens_per_s,
-            prompt_steps=fits.prompts,
-            pulled_bytes_per_s=self._runtime.pulled_bytes_per_s,
-            pushed_bytes_per_s=self._runtime.pushed_bytes_per_s,
-            is_draining=self._runtime.is_draining,
-            num_steps=self._runtime.num_steps,
+        kept, prompts = self._kept.load(), self._sequences.values()
+        return msgspec.structs.replace(
+            kept,
+            num_running=kept.num_running + len(prompts),
+            num_decoding=kept.num_running + kept.num_waiting,
+            num_tokens_queued=kept.num_tokens_queued + sum(seq.num_uncomputed for seq in prompts),
+            queued_s=kept.queued_s + self._runtime.step_fits.queued_s(prompts),
         )
 
     def sequences(self) -> list[Sequence]:
-        return list(self._sequences.values())
+        return [*self._sequences.values(), *self._kept.sequences()]
 
     def hand_on(self) -> None:
-        """Give up the prompts that have not begun; the others are finished here."""
-        for sequence in self.sequences():
+        """Give up the prompts that have not begun; the others are finished here. What stays here
+        is handed on as by a decode worker."""
+        self._kept.hand_on()
+        for sequence in list(self._sequences.values()):
             if not sequence.num_uses and sequence.num_computed == sequence.num_found:
                 self._runtime.endings.drop(sequence, "unavailable", "the worker is shutting down")
 
     def stop(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
+        if self._hands_over(sequence):
+            self._scheduler.remove(sequence)
+        else:
+            self._kept.stop(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.handoff_id]
+        if self._hands_over(sequence):
+            del self._sequences[sequence.handoff_id]
+        else:
+            self._kept.remove(sequence)
+
+    def _hands_over(self, sequence: Sequence) -> bool:
+        """Whether another decodes it."""
+        return self._sequences.get(sequence.handoff_id) is sequence
 
     def on_gateway(self, peer: bytes, message: Message) -> Message | None:
+        if isinstance(message, Reserve):
+            return self._kept.on_gateway(peer, message)
         if not isinstance(message, Prefill):
             raise ProtocolError(f"a prefill worker does not take {type(message).__name__}")
         if message.handoff_id in self._sequences:
@@ -80,11 +108,11 @@ class PrefillRole:
         return Ok()
 
     def on_store(self, store: StoreLink, message: Message) -> None:
-        if not isinstance(message, Aborted):
-            return
-        sequence = self._sequences.get(message.handoff_id)
+        sequence = None
+        if isinstance(message, Aborted):
+            sequence = self._sequences.get(message.handoff_id)
         if sequence is None:
-            store.link.send(Quit(handoff_id=message.handoff_id, epoch=message.epoch))
+            self._kept.on_store(store, message)
         else:
             self._runtime.endings.abort(sequence)
 
@@ -93,16 +121,28 @@ class PrefillRole:
         step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
         if await self._runtime.take_blocks(sequence, step):
             sequence.progress.joined_at = self._runtime.seams.clock.now()
-            takes_s = self._runtime.step_fits.queued_s([sequence])
-            self._scheduler.add(sequence, due_at(sequence.arrived_at, takes_s))
+            self._scheduler.add(sequence, self._due_at(sequence))
             self._runtime.wake()
 
+    def _due_at(self, sequence: Sequence) -> float:
+        return due_at(sequence.arrived_at, self._runtime.step_fits.queued_s([sequence]))
+
     def plan(self) -> list[tuple[Sequence, Work]]:
-        return self._runtime.works(self._scheduler.plan())
+        steps = self._kept.plan_tokens()
+        kept = [(self._due_at(sequence), sequence) for sequence in self._kept.prompts()]
+        room = min(self._budget - len(steps), self._kept.num_prompt_tokens())
+        # A block at least, so that no prompt waits for ever.
+        num_tokens = int(max(room, self._runtime.block_size))
+        return steps + self._runtime.works(self._scheduler.plan(num_tokens, kept))
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
-        if sampled is None:
-            return
+        if not self._hands_over(sequence):
+            self._kept.apply(sequence, sampled)
+        elif sampled is not None:
+            self._computed(sequence, sampled)
+
+    def _computed(self, sequence: Sequence, sampled: Sampled) -> None:
+        """The last chunk is done: tell the first token, and hand over."""
         finish_reason = sequence.finish_reason(self._runtime.info)
         self._runtime.emit(sequence, sampled, finish_reason)
         self._scheduler.remove(sequence)

@@ -40,21 +40,21 @@ from tests.unit.gateway_fakes import FakeBackend, FakeRng, demo_model, says
 
 # What the table must say, in other words than its own: a change of rights is a change of this too.
 _MEMBER = "hello heartbeat leave stopped"
+_WORKER = "fill commit seal quit discard holdings claim release suspend yield lease give_back"
 _ANYBODY = "hello ping cancel models"
 _CLIENT = f"{_ANYBODY} generate score tokenize detokenize"
 _ADMIN = f"{_ANYBODY} audit why stats status drain log_level"
 EXPECTED = {
     "kvstore": {
         "gateway": f"{_MEMBER} open abort ask_audit ask_why ask_status drop_cache log_level",
-        "prefill": f"{_MEMBER} fill commit seal quit discard holdings",
-        "decode": f"{_MEMBER} fill commit seal quit discard holdings claim release suspend yield"
-        " lease give_back",
+        "prefill": f"{_MEMBER} {_WORKER}",
+        "decode": f"{_MEMBER} {_WORKER}",
     },
     "kvstore data": {
         "prefill": "hello heartbeat put get offer",
         "decode": "hello heartbeat put get offer",
     },
-    "prefill": {"gateway": "hello heartbeat prefill drain log_level"},
+    "prefill": {"gateway": "hello heartbeat prefill reserve drain log_level"},
     "decode": {"gateway": "hello heartbeat reserve drain log_level"},
     "gateway": {"client": _CLIENT, "admin": _ADMIN, "": f"{_CLIENT} {_ADMIN}"},
 }

@@ -268,3 +268,59 @@ def test_of_many_workers_only_the_best_are_paired() -> None:
     decision = chosen(Wanted(10), prefills, decodes).decision
     assert decision.num_considered <= 64
     assert decision.chosen.prefill == "p0"
+
+
+def test_a_prefill_worker_keeps_what_decode_would_serve_too_slowly() -> None:
+    wanted = Wanted(100, ttft_target_s=1, tpot_target_s=0.04)
+    busy = worker("d", num_sequences=24, max_num_seqs=64)  # a step of 45 ms with this one
+    keeper = worker("p", may_keep=True)
+    kept = chosen(wanted, [keeper], [busy])
+    assert names(kept) == ("p", "p")
+    assert "stays at prefill" in kept.decision.reason
+    assert names(chosen(wanted, [worker("p")], [busy])) == ("p", "d")  # an older version's
+    assert names(chosen(wanted, [keeper], [worker("d", num_sequences=19, max_num_seqs=64)])) == (
+        "p",
+        "d",
+    )
+    assert names(chosen(Wanted(100), [keeper], [busy])) == ("p", "d")  # no target to miss
+    strict = worker("p", may_keep=True, num_sequences=1, tpot_limit_s=0.024)
+    assert names(chosen(wanted, [strict], [busy])) == ("p", "d")  # others there want theirs sooner
+
+
+@pytest.mark.parametrize(
+    ("ttft_target_s", "most"),
+    [
+        (1.0, 10),  # 31 of 36 ms: the next prompt's 110 ms come in 5 of each 36
+        (0.5, 6),  # 27 of 36 ms: in 9
+        (0.0, 6),  # 27 of 36 ms: a quarter is left to prompts
+    ],
+)
+def test_a_prefill_worker_keeps_no_more_than_leaves_its_prompts_time(
+    ttft_target_s: float, most: int
+) -> None:
+    wanted = Wanted(100, ttft_target_s=ttft_target_s, tpot_target_s=0.04)
+    busy = worker("d", num_sequences=24, max_num_seqs=64)
+
+    def keeps(num_sequences: int) -> bool:
+        keeper = worker("p", may_keep=True, num_sequences=num_sequences, max_num_seqs=64)
+        return names(chosen(wanted, [keeper], [busy])) == ("p", "p")
+
+    assert [count for count in range(20) if keeps(count)] == list(range(most + 1))
+
+
+def test_a_prefill_worker_keeps_what_no_decode_worker_has_a_place_for() -> None:
+    full = worker("d", num_sequences=8)
+    assert names(chosen(Wanted(100), [worker("p", may_keep=True)], [full])) == ("p", "p")
+    lodged = worker("p", may_keep=True, num_sequences=8)
+    assert names(chosen(Wanted(100), [lodged], [full])) == ("p", "d")
+
+
+def test_prompts_are_expected_later_where_prefill_decodes_too() -> None:
+    wanted = Wanted(100, tpot_target_s=0.05)
+    alone = chosen(wanted, [worker("p")]).decision.chosen
+    beside = worker("p", num_sequences=5, tpot_limit_s=0.05, paced_token_s=0.001)
+    shared = chosen(wanted, [beside]).decision.chosen
+    # 25 of 45 ms are for the five that it decodes, and a step has just begun.
+    assert alone.compute_ms == pytest.approx(110)
+    assert shared.compute_ms == pytest.approx(100 / (1 - 25 / 45))
+    assert shared.queue_ms == pytest.approx(22.5)

@@ -33,8 +33,8 @@ class Assignment:
     def __init__(self, place: Place, targets: Targets, now: float) -> None:
         self._place = place
         self._counted = Assigned(len(place.tokens), targets.tpot_ms / 1000 or math.inf)
+        place.decode.assigned[self] = self._counted
         for worker in self._workers:
-            worker.assigned[self] = self._counted
             worker.num_placed += 1
         num_tokens = len(place.tokens) - place.num_cached
         place.prefill.backlog.add(self, num_tokens, place.num_cached, now)
@@ -52,8 +52,6 @@ class Assignment:
         place = self._place
         place.prefill.backlog.remove(self, now)
         self._counted.is_awaited = False
-        if place.prefill is not place.decode:
-            place.prefill.assigned.pop(self, None)
         place.store.prefixes.add(place.keys, [worker.number for worker in self._workers])
 
     def finished(self, output: list[int]) -> None:
@@ -72,5 +70,4 @@ class Assignment:
     def close(self, now: float) -> None:
         """Nothing of it counts any more."""
         self._place.prefill.backlog.remove(self, now)
-        for worker in self._workers:
-            worker.assigned.pop(self, None)
+        self._place.decode.assigned.pop(self, None)

@@ -27,7 +27,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class Candidate:
-    """A worker as placement sees it.
+    """A worker as placement sees it. Sequences are those that it decodes, or is to decode.
 
     Counts are the larger of what the worker reported and what this gateway knows it has given it:
     reports are late, and other gateways use the worker too.
@@ -48,6 +48,7 @@ class Candidate:
     num_held: int = 0  # of the request's cached tokens, those that are there
     paced_token_s: float = 0.0  # one more token of a prompt in its steps; 0.0: not known
     tpot_limit_s: float = math.inf  # the strictest target of those that run there
+    may_keep: bool = False  # a prefill worker that can decode what it has computed
     num_placed: int = 0  # ever, by this gateway: turns among equals
 
     @property

@@ -28,12 +28,14 @@ class Routing:
     """How requests are placed. `targets` are those of requests that name none. With `refuses_late`
     one is not taken if its target for the first token cannot be met. A decode worker computes up
     to `max_local_tokens` of a prompt itself where that is sooner and, unless they are 0, any number
-    where targets for the time per token pace it, or moving its KV would take longer."""
+    where targets for the time per token pace it, or moving its KV would take longer. With
+    `local_decode` a prefill worker decodes what it computed where decode is at its limit."""
 
     mode: str = "disaggregated"
     targets: Targets = Targets()
     refuses_late: bool = False
     max_local_tokens: int = 0
+    local_decode: bool = True
 
     def targets_of(self, request: GenerationRequest) -> Targets:
         """What the request asks for, or else what the server is meant to do."""
@@ -162,7 +164,10 @@ class Chooser:
     ) -> list[Placeable]:
         movers = [worker.number for worker in workers if worker.moves(store)]
         num_held = store.prefixes.num_held(found, movers)
+        keeps = self.routing.local_decode
         return [
-            worker.candidate(store, num_held.get(worker.number, 0) * block_size, now)
+            worker.candidate(
+                store, num_held.get(worker.number, 0) * block_size, now, may_keep=keeps
+            )
             for worker in workers
         ]

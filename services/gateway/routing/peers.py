@@ -35,8 +35,8 @@ class Worker:
     load: Load = Load()
     reported_at: float = 0.0  # its load, on our clock
     counts: WorkerCounts = field(default_factory=WorkerCounts)
-    assigned: dict[Hashable, Assigned] = field(default_factory=dict)  # what this gateway has there
-    backlog: Backlog = field(default_factory=Backlog)  # of it, what has no first token yet
+    assigned: dict[Hashable, Assigned] = field(default_factory=dict)  # what it decodes for us
+    backlog: Backlog = field(default_factory=Backlog)  # what it computes for us, no token yet
     num_placed: int = 0
     is_known: bool = False  # to the worker: it has welcomed us
     is_lost: bool = False  # the connection ended, and has not come back yet
@@ -60,20 +60,23 @@ class Worker:
 
     @property
     def tpot_limit_s(self) -> float:
-        """The strictest target of what this gateway has there; inf: none."""
+        """The strictest target of what it decodes for this gateway; inf: none."""
         return min((each.tpot_target_s for each in self.assigned.values()), default=math.inf)
 
     def backlog_s(self) -> float:
         """How long what this gateway has there takes until its last first token."""
         return self.backlog.seconds(self.load.prompt_steps or GUESSED_PROMPT_STEPS)
 
-    def candidate(self, store: Store, num_held: int, now: float) -> Placeable:
-        """The worker for placement; `num_held`: of the request's cached tokens, those there."""
+    def candidate(self, store: Store, num_held: int, now: float, *, may_keep: bool) -> Placeable:
+        """The worker for placement; `num_held`: of the request's cached tokens, those there.
+        `may_keep`: a prefill worker may decode what it has computed, if it can."""
         load, assigned = self.load, self.assigned.values()
         queued_s = load.queued_s - (now - self.reported_at)
+        is_prefill = self.member.role == "prefill"
+        num_reported = load.num_decoding if is_prefill else load.num_running + load.num_waiting
         return Placeable(
             name=self.member.name,
-            num_sequences=max(len(self.assigned), load.num_running + load.num_waiting),
+            num_sequences=max(len(assigned), num_reported),
             num_awaited=sum(each.is_awaited for each in assigned),
             max_num_seqs=self.member.max_num_seqs,
             num_context_tokens=max(
@@ -89,6 +92,7 @@ class Worker:
             num_held=num_held,
             paced_token_s=load.paced_token_ms / 1000,
             tpot_limit_s=self.tpot_limit_s,
+            may_keep=may_keep and is_prefill and self.member.decodes,
             num_placed=self.num_placed,
             worker=self,
         )

@@ -8,8 +8,9 @@ one with the least work is taken, so that what is loaded is spared, and of equal
 If none does, or it has no targets, it is the one that serves it soonest and delays others least. A
 decode worker pairs with itself where it may compute the prompt too: a short one, one for whose
 chunks the targets of those that run there leave time (services/decode/pace.py), or one whose KV
-would take longer to move (break_even.py). (Mooncake's Algorithm 1 chooses by the same three terms:
-Qin et al., 2025.)
+would take longer to move (break_even.py). A prefill worker keeps what it has computed, and decodes
+it, where no decode worker has a place for it or would meet its target per token. (Mooncake's
+Algorithm 1 chooses by the same three terms: Qin et al., 2025.)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOK
 _MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
 _EQUAL = 0.05  # two that differ by less take turns: predictions are no better
 LEAST_SHARE = 0.05  # of a step's time, that prompts get even where targets leave none
+_PROMPTS_SHARE = 1 / 4  # that prefill leaves prompts without a target beside what it decodes
 _SESSION_BONUS = 0.1  # of the time, for each worker that the session knows
 
 
@@ -100,7 +102,8 @@ def choose(
 ) -> Choice[C]:
     """The best pair of workers. A decode worker may compute up to `max_local_tokens` of a prompt
     itself and, unless those are 0, any number where targets pace it or moving them does not pay;
-    with None it computes any, as it does where there are no prefill workers."""
+    with None it computes any, as it does where there are no prefill workers. Those of `prefills`
+    that `may_keep` a request pair with themselves where decode workers are at their limit."""
     judge = _Judge(wanted, prefills, decodes, now)
     pairs = list(judge.pairs(max_local_tokens))
     best, *others = nsmallest(MAX_ALTERNATIVES + 1, pairs, key=lambda pair: pair.rank)
@@ -125,7 +128,7 @@ class _Judge(Generic[C]):
         self._tpot_limit_s = wanted.tpot_target_s or math.inf
         self._prompt_steps = [each.prompt_steps for each in (*prefills, *decodes)]
         self._token_steps = [each.token_steps for each in decodes]
-        firsts = [(each, self._first_token(each)) for each in prefills]
+        firsts = [(each, self._first_at_prefill(each)) for each in prefills]
         laters = [(each, self._tpot_s(each)) for each in decodes]
         self._prefills = _best(firsts, lambda pair: pair[1].total_s)
         self._decodes = _best(laters, lambda pair: (pair[0].is_full, pair[1]))
@@ -158,6 +161,35 @@ class _Judge(Generic[C]):
                 ready_s = soonest_s if may_be_local else 0.0
             if max_local_tokens and _may(decode, local, tpot_s, ready_s):
                 yield self._pair(decode, decode, local, tpot_s, spared)
+        if all(each.is_full or tpot_s > self._tpot_limit_s for each, tpot_s in self._decodes):
+            yield from self._kept()
+
+    def _kept(self) -> Iterator[_Pair[C]]:
+        """Prefill workers that may decode this one themselves. Their next prompts must not have to
+        wait for it for long."""
+        for prefill, first in self._prefills:
+            tpot_s = self._tpot_s(prefill)
+            if prefill.may_keep and not prefill.is_full and self._leaves_time(prefill, tpot_s):
+                yield self._pair(prefill, prefill, first, tpot_s, Move())
+
+    def _leaves_time(self, prefill: C, tpot_s: float) -> bool:
+        """Whether prompts like this one still come in time at a prefill worker whose steps take
+        this for what it decodes."""
+        limit_s = min(self._tpot_limit_s, prefill.tpot_limit_s)
+        if not self._wanted.ttft_target_s:
+            return tpot_s <= (1 - _PROMPTS_SHARE) * PACED_SHARE * limit_s
+        then = replace(prefill, num_sequences=prefill.num_sequences + 1, tpot_limit_s=limit_s)
+        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
+        first = _between_tokens(then, self._first_token(prefill), tpot_s, tpot_s, num_tokens)
+        return tpot_s <= PACED_SHARE * limit_s and first.total_s <= self._ttft_limit_s
+
+    def _first_at_prefill(self, prefill: C) -> _FirstToken:
+        first = self._first_token(prefill)
+        if not prefill.num_sequences:
+            return first
+        running_s = self._running_s(prefill)
+        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
+        return _between_tokens(prefill, first, running_s, running_s, num_tokens)
 
     def _first_token(self, worker: C) -> _FirstToken:
         wanted = self._wanted
@@ -308,6 +340,8 @@ def _reason(wanted: Wanted, best: _Pair[C], pairs: Sequence[_Pair[C]]) -> str:
     ]
     if best.decode.is_full:
         why = "every decode worker is full"
+    elif best.prefill is best.decode and best.decode.may_keep:
+        why = "no decode worker has a place and meets the target per token: it stays at prefill"
     elif best.prefill is best.decode and others:
         gain_ms = (min(others) - best.first.total_s) * 1000
         num_tokens = wanted.num_tokens - wanted.num_cached
