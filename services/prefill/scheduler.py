@@ -36,6 +36,6 @@ class PrefillScheduler:
     ) -> list[tuple[Sequence, int]]:
         """The next step: sequences, and how many tokens of each, `budget` in all. `others` are not
         in the line, but have their turn as if they were: when they are due."""
-        line = sorted([*self._ready, *others], key=itemgetter(0)) if others else self._ready
+        line = sorted([*self._ready, *others], key=itemgetter(0))
         first = [sequence for _, sequence in line[: self._max_num_seqs]]
         return plan_chunks(first, budget)

@@ -42,7 +42,7 @@ def expected_move(
     local_s: float,
 ) -> Move:
     """What the pair has to move while prefill computes for `compute_s`, in so many chunks."""
-    num_computed = wanted.num_tokens - wanted.num_cached
+    num_computed = wanted.num_uncached
     pushed = num_computed * wanted.token_bytes if prefill.moves else 0
     pulled = max(0, wanted.num_tokens - decode.num_held) * wanted.token_bytes if decode.moves else 0
     if not pushed and not pulled:

@@ -24,6 +24,11 @@ class Wanted:
     waited_s: float = 0.0
     session: tuple[str, ...] = ()  # names of the workers that served its session last
 
+    @property
+    def num_uncached(self) -> int:
+        """Tokens to compute."""
+        return self.num_tokens - self.num_cached
+
 
 @dataclass(slots=True)
 class Candidate:

@@ -135,7 +135,7 @@ class _Judge(Generic[C]):
 
     def pairs(self, max_local_tokens: int | None) -> Iterator[_Pair[C]]:
         """All that are worth considering; at least one."""
-        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
+        num_tokens = self._wanted.num_uncached
         soonest_s = min((first.total_s for _, first in self._prefills), default=math.inf)
         for decode, tpot_s in self._decodes:
             local = self._first_token(decode)
@@ -179,8 +179,8 @@ class _Judge(Generic[C]):
         if not self._wanted.ttft_target_s:
             return tpot_s <= (1 - _PROMPTS_SHARE) * PACED_SHARE * limit_s
         then = replace(prefill, num_sequences=prefill.num_sequences + 1, tpot_limit_s=limit_s)
-        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
-        first = _between_tokens(then, self._first_token(prefill), tpot_s, tpot_s, num_tokens)
+        first = self._first_token(prefill)
+        first = _between_tokens(then, first, tpot_s, tpot_s, self._wanted.num_uncached)
         return tpot_s <= PACED_SHARE * limit_s and first.total_s <= self._ttft_limit_s
 
     def _first_at_prefill(self, prefill: C) -> _FirstToken:
@@ -188,13 +188,12 @@ class _Judge(Generic[C]):
         if not prefill.num_sequences:
             return first
         running_s = self._running_s(prefill)
-        num_tokens = self._wanted.num_tokens - self._wanted.num_cached
-        return _between_tokens(prefill, first, running_s, running_s, num_tokens)
+        return _between_tokens(prefill, first, running_s, running_s, self._wanted.num_uncached)
 
     def _first_token(self, worker: C) -> _FirstToken:
         wanted = self._wanted
         times = resolved(worker.prompt_steps, self._prompt_steps, GUESSED_PROMPT_STEPS)
-        num_tokens = wanted.num_tokens - wanted.num_cached
+        num_tokens = wanted.num_uncached
         compute_s = times.prompt_s(num_tokens, attended(num_tokens, wanted.num_cached))
         ahead_s, num_behind = worker.backlog.ahead_s(times, num_tokens, compute_s, self._now)
         return _FirstToken(
@@ -344,8 +343,9 @@ def _reason(wanted: Wanted, best: _Pair[C], pairs: Sequence[_Pair[C]]) -> str:
         why = "no decode worker has a place and meets the target per token: it stays at prefill"
     elif best.prefill is best.decode and others:
         gain_ms = (min(others) - best.first.total_s) * 1000
-        num_tokens = wanted.num_tokens - wanted.num_cached
-        why = f"it computes the {num_tokens} uncached tokens itself, {gain_ms:.1f} ms sooner"
+        why = (
+            f"it computes the {wanted.num_uncached} uncached tokens itself, {gain_ms:.1f} ms sooner"
+        )
         if not best.move.pays:
             why += (
                 f": to move {best.move.num_bytes:,} bytes at {best.move.bytes_per_s:,.0f} a second "
