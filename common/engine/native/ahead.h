@@ -21,7 +21,7 @@ class Ahead {
         run = 0, at = stop = nullptr;
     }
     void clear() { left = 0, at = stop = nullptr; }
-    void fetch() {
+    inline __attribute__((always_inline)) void fetch() {
         if (at >= stop && !find_run()) return;
         for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
     }
@@ -33,7 +33,7 @@ class Ahead {
     int heads, lines, run;  // of a block: keys of each head, values of each head
     const char *at = nullptr, *stop = nullptr;
 
-    bool find_run() {
+    __attribute__((noinline)) bool find_run() {
         if (left <= 0) return false;
         const int64_t count = std::min(block_size - offset, left);
         const K* first = keys + *blocks * block_stride + run / heads * value_offset + run % heads * head_size;

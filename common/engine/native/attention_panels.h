@@ -141,8 +141,8 @@ class PanelTile {
         if (seen <= 0) return;
         const int64_t steps = dim / DEPTH<T>;
         for (int s = 0; s < seen; s += PANEL)
-            sum_rows<T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
-                        nearby(), 0, &scores[s], PANEL_SPAN);
+            sum_rows<1, T>(count, &operands[first * query_width], query_width, &key_panels[s * dim], steps,
+                           nearby(), 0, &scores[s], PANEL_SPAN);
         for (int r = first; r < first + count; r++) {
             const int64_t end_seen = position + r / groups + 1 - begin;
             soften<PANEL_SPAN>(&scores[(r - first) * PANEL_SPAN], &weights[(r - first) * weight_width],
@@ -151,8 +151,8 @@ class PanelTile {
         const int64_t value_steps = (seen + DEPTH<T> - 1) / DEPTH<T>;
         alignas(64) float part[TILE_ROWS * PANEL];
         for (int d = 0; d < sum_width; d += PANEL) {
-            sum_rows<T>(count, weights, weight_width, &value_panels[d * PANEL_SPAN],
-                        value_steps, nearby(), 0, part);
+            sum_rows<1, T>(count, weights, weight_width, &value_panels[d * PANEL_SPAN],
+                           value_steps, nearby(), 0, part, PANEL);
             for (int r = 0; r < count; r++)
                 for (int i = 0; i < PANEL; i += LANES) {
                     float* sum = &sums[(first + r) * sum_width + d + i];

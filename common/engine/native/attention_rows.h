@@ -139,26 +139,20 @@ class RowTile {
         });
     }
 
-    template <int R>
-    struct Count {
-        constexpr int operator()() const { return R; }
-        constexpr operator int() const { return R; }
-    };
-
     // The widths of most models are constants to the compiler, which is a third faster.
     template <typename F>
     void with_width(F&& part) {
-        if (width == 64) return part(Count<64>{});
-        if (width == 128) return part(Count<128>{});
+        if (width == 64) return part(Number<64>{});
+        if (width == 128) return part(Number<128>{});
         part(width);
     }
 
     template <typename F>
     void each(F&& part) {
         int row = 0;
-        for (; row + MOST <= rows; row += MOST) part(Count<MOST>{}, row);
-        if (rows - row == 3) part(Count<3>{}, row);
-        if (rows - row == 2) part(Count<2>{}, row);
-        if (rows - row == 1) part(Count<1>{}, row);
+        for (; row + MOST <= rows; row += MOST) part(Number<MOST>{}, row);
+        if (rows - row == 3) part(Number<3>{}, row);
+        if (rows - row == 2) part(Number<2>{}, row);
+        if (rows - row == 1) part(Number<1>{}, row);
     }
 };

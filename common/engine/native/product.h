@@ -22,8 +22,10 @@ struct Product {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int TILE_ROWS = 12;  // 24 sums, of 32 registers
+constexpr int PAIRED_ROWS = 0;
 #else
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_ROWS = 6;    // 12 sums, of 16 registers
+constexpr int PAIRED_ROWS = 3;  // up to here two panels go at once: one has too few sums to add to meanwhile
 #endif
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of x, kept in the second cache beside a panel
 constexpr int64_t MAX_BLOCK_ROWS = 96;
@@ -41,22 +43,24 @@ inline int64_t num_steps(const Product& p) {
     return (p.in + DEPTH<W> - 1) / DEPTH<W>;
 }
 
-// out[r][0..PANEL) = x[r] . panel for up to TILE_ROWS rows, while cache lines are fetched: two a step
-// from `ahead` on, ahead_step bytes from step to step. See tiles.cpp.
-template <typename W, typename O>
+// out[r][0..P * PANEL) = x[r] . P panels for up to TILE_ROWS rows (PAIRED_ROWS, if P is 2), while a step's
+// worth of cache lines is fetched with each, from `ahead` on, ahead_step bytes from step to step. See
+// tiles.cpp.
+template <int P, typename W, typename O>
 void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps, const char* ahead,
-              int64_t ahead_step, float* out, int64_t out_stride = PANEL);
+              int64_t ahead_step, float* out, int64_t out_stride);
 
-// Calls store(row, sums) for every row of one panel's product, tile by tile; each fetches its share.
-template <typename W, typename O, typename Store>
-void sum_panel(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
-               const char* ahead, int64_t ahead_step, Store&& store) {
-    alignas(64) float sums[TILE_ROWS * PANEL];
+// Calls store(row, sums) for every row of the product of P panels, tile by tile, of about as many rows
+// each; each fetches its share.
+template <int P, typename W, typename O, typename Store>
+void sum_panels(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
+                const char* ahead, int64_t ahead_step, Store&& store) {
+    alignas(64) float sums[TILE_ROWS * P * PANEL];
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, share = (ahead_step + tiles - 1) / tiles;
-    for (int64_t row = 0; row < rows; row += TILE_ROWS) {
-        const int64_t count = std::min<int64_t>(TILE_ROWS, rows - row);
-        sum_rows<W>(count, x + row * stride, stride, panel, steps, ahead, share, sums);
-        for (int64_t r = 0; r < count; r++) store(row + r, sums + r * PANEL);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+        sum_rows<P, W>(count, x + row * stride, stride, panel, steps, ahead, share, sums, P * PANEL);
+        for (int64_t r = 0; r < count; r++) store(row + r, sums + r * P * PANEL);
         ahead += share * steps;
     }
 }
@@ -85,24 +89,31 @@ void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&
     const auto weights = static_cast<const W*>(p.weights);
     for (int64_t begin = 0; begin < rows; begin += block) {
         const int64_t count = std::min(block, rows - begin);
+        const int64_t together = count <= PAIRED_ROWS ? 2 : 1;
 #pragma omp for schedule(static) nowait
-        for (int64_t index = 0; index < panels; index++) {
+        for (int64_t index = 0; index < panels; index += together) {
             const W* panel = weights + index * panel_size;
-            const bool last = index + 1 == panels;
-            const auto ahead = reinterpret_cast<const char*>(last ? panel : panel + panel_size);
-            const int64_t column = index * PANEL, columns = std::min<int64_t>(PANEL, p.out - column);
-            const auto sum = [&](const auto* weights_of, int64_t num_steps, int64_t ahead_step) {
-                sum_panel(count, x + begin * stride, stride, weights_of, num_steps, ahead,
-                          last ? 0 : ahead_step,
-                          [&](int64_t row, const float* sums) { store(begin + row, column, columns, sums); });
+            const bool pair = together == 2 && index + 1 < panels, last = index + 1 + pair == panels;
+            const auto ahead = reinterpret_cast<const char*>(last ? panel : panel + (1 + pair) * panel_size);
+            const int64_t column = index * PANEL;
+            const int64_t columns = std::min<int64_t>((1 + pair) * PANEL, p.out - column);
+            const auto sum = [&](auto P, const auto* weights_of, int64_t num_steps, int64_t ahead_step) {
+                sum_panels<P()>(count, x + begin * stride, stride, weights_of, num_steps, ahead,
+                                last ? 0 : ahead_step,
+                                [&](int64_t row, const float* sums) { store(begin + row, column, columns, sums); });
             };
             if constexpr (std::is_same_v<W, int8_t>) {
                 if (count > TILE_ROWS) {  // each tile would widen it anew
-                    sum(widened<T>(panel, steps), steps * DEPTH<W> / DEPTH<T>, DEPTH<T> * PANEL);
+                    sum(Number<1>{}, widened<T>(panel, steps), steps * DEPTH<W> / DEPTH<T>, DEPTH<T> * PANEL);
                     continue;
                 }
             }
-            sum(panel, steps, 128);
+            if constexpr (PAIRED_ROWS > 0)
+                if (pair) {
+                    sum(Number<2>{}, panel, steps, 2 * STEP_BYTES);
+                    continue;
+                }
+            sum(Number<1>{}, panel, steps, STEP_BYTES);
         }
     }
 #pragma omp barrier

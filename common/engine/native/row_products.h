@@ -6,12 +6,15 @@
 #include "softmax.h"
 
 constexpr int PAIR = 2 * LANES;    // numbers of a row that are taken at once
+constexpr int MOST = 4;            // rows at once
+
+// Vectors of sums for each of R rows, by how many registers there are.
 #if defined(__AVX512VL__) || defined(__aarch64__)
-constexpr int MOST = 4;           // rows at once, by how many registers there are
-constexpr int WIDEST = 4;         // vectors of sums for each of them
+template <int R>
+constexpr int WIDEST = 4;
 #else
-constexpr int MOST = 2;
-constexpr int WIDEST = 2;
+template <int R>
+constexpr int WIDEST = R < 3 ? 4 : 2;
 #endif
 
 // PAIR numbers as two vectors. bfloat16 is the upper half of a float, so a vector of them splits into
@@ -32,13 +35,21 @@ inline int place(const BFloat16*, int d) {
     return (d & ~(PAIR - 1)) + (d & 1) * LANES + (d >> 1 & (LANES - 1));
 }
 
-// sums[r] gains the products of PAIR numbers of query r and a key, lane by lane.
+// sums[i][r] gains the products of PAIR numbers of query r and key i, lane by lane.
 template <int R, typename K>
-inline void add_products(Vec (&sums)[R], const float* queries, int width, const K* key) {
-    const WidePair pair = load_pair(key);
+inline void add_products(Vec (*sums)[R], const float* queries, int width, const K* const* keys, int d) {
+    const WidePair one = load_pair(keys[0] + d), other = load_pair(keys[1] + d);
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        sums[r] += load(queries + r * width) * pair.first;
-        sums[r] += load(queries + r * width + LANES) * pair.second;
+        const Vec query = load(queries + d + r * width);
+        add_product(sums[0][r], query, one.first);
+        add_product(sums[1][r], query, other.first);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const Vec query = load(queries + d + r * width + LANES);
+        add_product(sums[0][r], query, one.second);
+        add_product(sums[1][r], query, other.second);
     }
 }
 
@@ -50,17 +61,22 @@ template <typename V>
 inline WidePair load_values(const float*, const V* const* values, int d) {
     return load_pair(values[0] + d);
 }
-inline Vec add_weighted(Vec sum, Vec values, const float* weight) {
-    return sum + values * *weight;
+inline void add_weighted(Vec& sum, Vec values, const float* weight) {
+    add_product(sum, values, splat(*weight));
 }
 
 #if BFLOAT16_PRODUCTS
 // Two products go to each lane: of neighbouring dimensions for keys, and, once two rows are
 // interleaved, of neighbouring positions for values.
 template <int R>
-inline void add_products(Vec (&sums)[R], const BFloat16* queries, int width, const BFloat16* key) {
-    const IntVec pairs = load_wide(key);
-    for (int r = 0; r < R; r++) sums[r] = add_pairs(sums[r], load_wide(queries + r * width), pairs);
+inline void add_products(Vec (*sums)[R], const BFloat16* queries, int width, const BFloat16* const* keys,
+                         int d) {
+    const IntVec one = load_wide(keys[0] + d), other = load_wide(keys[1] + d);
+    for (int r = 0; r < R; r++) {
+        const IntVec query = load_wide(queries + d + r * width);
+        sums[0][r] = add_pairs(sums[0][r], query, one);
+        sums[1][r] = add_pairs(sums[1][r], query, other);
+    }
 }
 struct WideIntPair {
     IntVec first, second;
@@ -70,10 +86,10 @@ inline WideIntPair load_values(const BFloat16*, const BFloat16* const* values, i
     return {reinterpret_cast<IntVec>(_mm512_unpacklo_epi16(row(0), row(1))),
             reinterpret_cast<IntVec>(_mm512_unpackhi_epi16(row(0), row(1)))};
 }
-inline Vec add_weighted(Vec sum, IntVec values, const BFloat16* weights) {
+inline void add_weighted(Vec& sum, IntVec values, const BFloat16* weights) {
     int32_t both;
     std::memcpy(&both, weights, 4);
-    return add_pairs(sum, values, IntVec{} + both);
+    sum = add_pairs(sum, values, IntVec{} + both);
 }
 #endif
 
@@ -96,11 +112,13 @@ void score_span(const O* queries, Width width, const K* const* keys, int count, 
         Vec fours[R][LANES / 4];
         for (int i = 0; i < LANES; i += 4) {
             Vec sums[4][R] = {};
-#pragma GCC unroll 4
-            for (int key = 0; key < 4; key++) {
+#pragma GCC unroll 2
+            for (int key = 0; key < 4; key += 2) {
                 ahead.fetch();
+                ahead.fetch();
+                asm("" : "+r"(queries));  // or the compiler would copy what it read
                 for (int d = 0; d < width; d += PAIR)
-                    add_products<R>(sums[key], queries + d, width, keys[s + i + key] + d);
+                    add_products<R>(sums + key, queries, width, keys + s + i + key, d);
             }
             for (int r = 0; r < R; r++)
                 fours[r][i / 4] = add_crosswise<4>(add_crosswise<2>(sums[0][r], sums[1][r]),
@@ -116,20 +134,27 @@ template <typename O, typename V, int R, int W, typename A>
 void add_values(const O* weights, const Running* rows, int width, const V* const* values, int count,
                 float* sums, int d, A& ahead) {
     Vec acc[R][W];
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
         for (int w = 0; w < W; w++)
             acc[r][w] = load(sums + r * width + d + w * LANES) * rows[r].shrink;
     for (int s = 0; s < count; s += OF_VALUES<O>) {
-        for (int i = 0; i < OF_VALUES<O>; i++) ahead.fetch();
-        for (int w = 0; w < W; w += 2) {
+        if (d == 0)
+            for (int i = 0; i < OF_VALUES<O>; i++) ahead.fetch();
+#pragma GCC unroll 2
+        for (int w = 0; w < W; w += 2) {  // unrolled, or the sums would be kept in memory
             const auto pair = load_values(weights, values + s, d + w * LANES);
+#pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                acc[r][w] = add_weighted(acc[r][w], pair.first, weights + r * SPAN + s);
-                acc[r][w + 1] = add_weighted(acc[r][w + 1], pair.second, weights + r * SPAN + s);
+                add_weighted(acc[r][w], pair.first, weights + r * SPAN + s);
+                add_weighted(acc[r][w + 1], pair.second, weights + r * SPAN + s);
             }
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
         for (int w = 0; w < W; w++) store(sums + r * width + d + w * LANES, acc[r][w]);
 }
 
@@ -137,9 +162,9 @@ template <int R, typename O, typename V, typename A>
 void add_span(const O* weights, const Running* rows, int width, const V* const* values, int count,
               float* sums, A& ahead) {
     int d = 0;
-    for (; d + WIDEST * LANES <= width; d += WIDEST * LANES)
-        add_values<O, V, R, WIDEST>(weights, rows, width, values, count, sums, d, ahead);
-    if constexpr (WIDEST > 2)
+    for (; d + WIDEST<R> * LANES <= width; d += WIDEST<R> * LANES)
+        add_values<O, V, R, WIDEST<R>>(weights, rows, width, values, count, sums, d, ahead);
+    if constexpr (WIDEST<R> > 2)
         if (d < width) add_values<O, V, R, 2>(weights, rows, width, values, count, sums, d, ahead);
 }
 

@@ -6,48 +6,53 @@
 namespace {
 
 // sum_rows for exactly R rows.
-template <typename W, int R, typename O>
+template <int P, typename W, int R, typename O>
 __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* panel, int64_t steps,
                                         const char* ahead, int64_t ahead_step, float* out,
                                         int64_t out_stride) {
-    Vec sums[R][2] = {};
+    const int64_t panel_size = steps * DEPTH<W> * PANEL;
+    Vec sums[P][R][2] = {};
     TileRows<O, R> rows(x, stride);
-    const W* const end = panel + steps * DEPTH<W> * PANEL;
+    const W* const end = panel + panel_size;
     while (panel < end) {
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + 64, 0, 2);
+        for (int line = 0; line < P * STEP_BYTES; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         ahead += ahead_step;
-        add_step<R>(sums, rows, panel);
+        for (int p = 0; p < P; p++) add_step<R>(sums[p], rows, panel + p * panel_size);
         rows.advance(DEPTH<W>);
         panel += DEPTH<W> * PANEL;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)  // unrolled, or the sums would be kept in memory
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++)
-            store(out + r * out_stride + v * LANES, sums[r][v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * P; v++)
+            store(out + r * out_stride + v * LANES, sums[v / 2][r][v % 2]);
 }
 
-template <int R, typename W, typename O>
+template <int P, int R, typename W, typename O>
 void sum_up_to(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps,
                const char* ahead, int64_t ahead_step, float* out, int64_t out_stride) {
     if constexpr (R > 1)
         if (rows < R)
-            return sum_up_to<R - 1>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
-    sum_tile<W, R>(x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+            return sum_up_to<P, R - 1>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+    sum_tile<P, W, R>(x, stride, panel, steps, ahead, ahead_step, out, out_stride);
 }
 
 }  // namespace
 
-template <typename W, typename O>
+template <int P, typename W, typename O>
 void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t steps, const char* ahead,
               int64_t ahead_step, float* out, int64_t out_stride) {
-    sum_up_to<TILE_ROWS>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
+    sum_up_to<P, P == 1 ? TILE_ROWS : PAIRED_ROWS>(rows, x, stride, panel, steps, ahead, ahead_step, out, out_stride);
 }
 
-#define INSTANTIATE(W, O)                                                                             \
-    template void sum_rows(int64_t, const O*, int64_t, const W*, int64_t, const char*, int64_t, float*, \
-                           int64_t);
+#define INSTANTIATE_FOR(P, W, O)                                                                        \
+    template void sum_rows<P>(int64_t, const O*, int64_t, const W*, int64_t, const char*, int64_t, float*, \
+                              int64_t);
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define INSTANTIATE(W, O) INSTANTIATE_FOR(1, W, O)
+#else
+#define INSTANTIATE(W, O) INSTANTIATE_FOR(1, W, O) INSTANTIATE_FOR(2, W, O)
+#endif
 INSTANTIATE(float, float)
 INSTANTIATE(int8_t, float)
 INSTANTIATE(BFloat16, Operand<BFloat16>)

@@ -28,6 +28,13 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// A number that the compiler knows, as an argument.
+template <int N>
+struct Number {
+    constexpr int operator()() const { return N; }
+    constexpr operator int() const { return N; }
+};
+
 // Calls part with the arguments as pointers to the numbers they point to.
 template <typename F, typename... Pointers>
 void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
@@ -40,7 +47,17 @@ void with_type(int32_t bfloat16, F&& part, Pointers... pointers) {
 inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 is no copy of -0, and takes an addition
+
+// sum += a * b. Of 16 registers compilers lose some by keeping what was in others' place, so there they
+// are told where the sum stays.
+inline void add_product(Vec& sum, Vec a, Vec b) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+    sum += a * b;
+#endif
+}
 
 inline float widen(float x) { return x; }
 inline float widen(int8_t x) { return x; }

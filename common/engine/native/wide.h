@@ -53,6 +53,7 @@ inline Vec sum_fours(Vec* v) {
 
 // Two vectors of columns side by side: what a panel of packed weights holds for one step.
 constexpr int PANEL = 2 * LANES;
+constexpr int STEP_BYTES = 4 * PANEL;
 
 // A lane has 4 bytes of neighbours of the inner dimension: a float, a pair of bfloat16, four int8.
 template <typename T>
@@ -91,8 +92,9 @@ template <int R>
 inline void add_step(Vec (&sums)[R][2], const TileRows<float, R>& x, const float* panel) {
     const Vec first = load(panel), second = load(panel + LANES);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += first * x[r][0];
-        sums[r][1] += second * x[r][0];
+        const Vec row = splat(x[r][0]);
+        add_product(sums[r][0], first, row);
+        add_product(sums[r][1], second, row);
     }
 }
 
@@ -105,13 +107,15 @@ inline void add_step(Vec (&sums)[R][2], const TileRows<float, R>& x, const BFloa
     };
     const Vec even_first = even(first), even_second = even(second);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += even_first * x[r][0];
-        sums[r][1] += even_second * x[r][0];
+        const Vec row = splat(x[r][0]);
+        add_product(sums[r][0], even_first, row);
+        add_product(sums[r][1], even_second, row);
     }
     const Vec odd_first = odd(first), odd_second = odd(second);
     for (int r = 0; r < R; r++) {
-        sums[r][0] += odd_first * x[r][1];
-        sums[r][1] += odd_second * x[r][1];
+        const Vec row = splat(x[r][1]);
+        add_product(sums[r][0], odd_first, row);
+        add_product(sums[r][1], odd_second, row);
     }
 }
 
