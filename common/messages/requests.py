@@ -27,8 +27,9 @@ class _Request(Message):
     `tokens` are the prompt and, when the request is placed again, its output so far;
     `num_prompt_tokens` tells where the output begins. `worker_id` is the member that the handoff
     was opened for: a later incarnation of it refuses. From `root_key` and the tokens follow the
-    keys of the blocks, and with them what their digests must be. `request_id` and `traceparent` are
-    for logs.
+    keys of the blocks, and with them what their digests must be. `ttft_left_ms`: within what the
+    first token is wanted; 0: there is no such target, or it cannot be met any more. `request_id`
+    and `traceparent` are for logs.
     """
 
     handoff_id: str
@@ -40,6 +41,7 @@ class _Request(Message):
     num_prompt_tokens: Count
     sampling: SamplingParams
     choice: Count
+    ttft_left_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     request_id: RequestName = ""
     traceparent: Traceparent = ""
 

@@ -46,6 +46,7 @@ from common.metrics_port import MetricsPort
 from common.net.addresses import advertised, check_told
 from common.net.server import Server
 from common.service import Seams, Tasks, first_of
+from common.step_times import FIRST_SHARE
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
 from common.worker.holdings import holdings
@@ -329,6 +330,7 @@ class WorkerRuntime:
             )
         if message.worker_id != self.stores[message.store].member_id:
             raise StaleError("the handoff is for a former incarnation of this worker")
+        now = self.seams.clock.now()
         return Sequence(
             handoff_id=message.handoff_id,
             epoch=message.epoch,
@@ -341,8 +343,9 @@ class WorkerRuntime:
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             choice=message.choice,
-            arrived_at=self.seams.clock.now(),
+            arrived_at=now,
             block_size=self.block_size,
+            first_due_at=now + FIRST_SHARE * message.ttft_left_ms / 1000,
             names=_names(message),
         )
 

@@ -41,6 +41,7 @@ class Sequence:
     choice: int
     arrived_at: float
     block_size: int
+    first_due_at: float = 0.0  # when its prompt is to be computed; past: as soon as can be
     names: dict[str, str] = field(default_factory=dict)  # what log lines about it say
     progress: Progress = field(default_factory=Progress)  # since its gateway was last told
     first_slot: int = 0  # what to add to a block's number to find it in the engine's memory

@@ -2,7 +2,7 @@
 
 Every running sequence gets one token a step; what is left of the step's token budget, and of the
 time that running ones may be kept waiting (pace.py), goes to prompts that this worker computes
-itself, chunk by chunk (Sarathi-Serve, section 4.2), a block at least. A sequence that needs a block
+itself, chunk by chunk (Sarathi-Serve, section 4.2). A sequence that needs a block
 takes it from the lease. When the store has no more, the youngest gives way: its blocks become cache
 that can be evicted, and it goes on later from what is left of them.
 """
@@ -70,12 +70,12 @@ class DecodeScheduler:
         return sum(len(sequence.tokens) for sequence in self.running())
 
     def plan(self, leases: Many[BlockLease], max_prompt_tokens: float = math.inf) -> Plan:
-        """The next step. A sequence without a block for its next token sits it out. Prompts get
-        `max_prompt_tokens`, but not less than a block, so that none waits for ever."""
+        """The next step, with so many tokens of prompts. A sequence without a block for its next
+        token sits it out."""
         plan = self.plan_tokens(leases)
         prompts = [sequence for sequence in self.prompts() if sequence not in plan.preempted]
         left = self._budget - len(plan.steps)
-        plan.steps += plan_chunks(prompts, int(min(left, max(max_prompt_tokens, self._block_size))))
+        plan.steps += plan_chunks(prompts, int(min(left, max_prompt_tokens)))
         return plan
 
     def plan_tokens(self, leases: Many[BlockLease]) -> Plan:

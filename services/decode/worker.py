@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
+from collections.abc import Sequence as Many
 
 import structlog
 
@@ -46,7 +47,7 @@ from common.worker.sequence import Sequence
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.decode.departure import Departure
-from services.decode.pace import Paces
+from services.decode.pace import Paces, least_prompt_tokens
 from services.decode.places import Places
 from services.decode.scheduler import DecodeScheduler, Plan
 
@@ -228,7 +229,8 @@ class DecodeRole:
     # ---- steps ----------------------------------------------------------------------------------
 
     def plan(self) -> list[tuple[Sequence, Work]]:
-        room = self.num_prompt_tokens() if self._scheduler.prompts() else math.inf
+        prompts = self._scheduler.prompts()
+        room = self.num_prompt_tokens(prompts) if prompts else math.inf
         return self._begin(self._scheduler.plan(self._leases(), room))
 
     def plan_tokens(self) -> list[tuple[Sequence, Work]]:
@@ -254,15 +256,22 @@ class DecodeRole:
                 self._runtime.tasks.spawn(self._refill(store, num_wanted), "refill")
         return self._runtime.works(plan.steps)
 
-    def num_prompt_tokens(self) -> float:
-        """How many the next step may compute, so that those that run get theirs in time."""
-        prompts = self._scheduler.prompts()
-        others = [each for each in self._sequences.values() if each not in prompts]
-        return self._runtime.step_fits.num_prompt_tokens(
-            self._paces.limit_s(others, self._runtime.seams.clock.now()),
+    def num_prompt_tokens(self, prompts: Many[Sequence]) -> float:
+        """How many tokens of these, the first due first, the next step may compute so that those
+        that run get theirs in time, or must so that prompts are in time as well."""
+        now, fits = self._runtime.seams.clock.now(), self._runtime.step_fits
+        block_size = self._runtime.block_size
+        awaiting = self._scheduler.prompts()
+        others = [each for each in self._sequences.values() if each not in awaiting]
+        room = fits.num_prompt_tokens(
+            self._paces.limit_s(others, now),
             num_running=len(self._scheduler.running()),
             context=self._scheduler.num_context_tokens(),
         )
+        if room >= block_size or not fits.paced_token_s:
+            return max(room, block_size)
+        step_s = self._paces.planned_s(others)
+        return max(room, least_prompt_tokens(prompts, step_s, now, most=block_size))
 
     async def _refill(self, store: StoreLink, num_blocks: int) -> None:
         await store.refill(num_blocks)

@@ -31,11 +31,14 @@ class PrefillScheduler:
         """The sequence is computed or over."""
         self._ready = [ready for ready in self._ready if ready[1] is not sequence]
 
+    def line(self, others: Iterable[tuple[float, Sequence]] = ()) -> list[Sequence]:
+        """Whose turn it is in the next step, the first due first. `others` are not in the line, but
+        have their turn as if they were."""
+        line = sorted([*self._ready, *others], key=itemgetter(0))
+        return [sequence for _, sequence in line[: self._max_num_seqs]]
+
     def plan(
         self, budget: int, others: Iterable[tuple[float, Sequence]] = ()
     ) -> list[tuple[Sequence, int]]:
-        """The next step: sequences, and how many tokens of each, `budget` in all. `others` are not
-        in the line, but have their turn as if they were: when they are due."""
-        line = sorted([*self._ready, *others], key=itemgetter(0))
-        first = [sequence for _, sequence in line[: self._max_num_seqs]]
-        return plan_chunks(first, budget)
+        """The next step: sequences, and how many tokens of each, `budget` in all."""
+        return plan_chunks(self.line(others), budget)

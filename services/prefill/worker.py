@@ -130,9 +130,8 @@ class PrefillRole:
     def plan(self) -> list[tuple[Sequence, Work]]:
         steps = self._kept.plan_tokens()
         kept = [(self._due_at(sequence), sequence) for sequence in self._kept.prompts()]
-        room = min(self._budget - len(steps), self._kept.num_prompt_tokens())
-        # A block at least, so that no prompt waits for ever.
-        num_tokens = int(max(room, self._runtime.block_size))
+        room = self._kept.num_prompt_tokens(self._scheduler.line(kept))
+        num_tokens = int(max(min(room, self._budget - len(steps)), 1))
         return steps + self._runtime.works(self._scheduler.plan(num_tokens, kept))
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:

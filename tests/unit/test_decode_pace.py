@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.step_times import PACED_SHARE
 from common.worker.sequence import Sequence
-from services.decode.pace import Paces
+from services.decode.pace import Paces, least_prompt_tokens
 from tests.unit.sequences import sequence_of
 
 PLANNED_S = PACED_SHARE * 0.1
@@ -94,3 +94,57 @@ def test_whoever_was_late_meets_its_target_in_the_end(
     room_s = (num_outputs - 1) * (PLANNED_S - alone_s)
     if room_s >= late_s:
         assert now - 5.0 <= (num_outputs - 1) * PLANNED_S + 1e-6
+
+
+def prompt(num_tokens: int, first_due_at: float) -> Sequence:
+    return sequence_of(num_tokens, first_due_at=first_due_at)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "least"),
+    [
+        ([prompt(100, 60.0)], 2),  # 100 of the 500 steps that there are suffice for it
+        ([prompt(100, 14.0)], 3),  # of 40 steps each has to compute 2.5
+        ([prompt(100, 14.0), prompt(60, 14.0)], 4),
+        ([prompt(100, 14.0), prompt(100, 60.0)], 3),
+        ([prompt(100, 10.5)], 16),  # it is late with 16, too
+        ([prompt(100, 9.0)], 16),
+        ([prompt(100, 60.0), prompt(1, 0.0)], 16),  # no target
+        ([], 2),
+    ],
+)
+def test_prompts_get_what_they_need_to_be_in_time_and_no_more(
+    prompts: list[Sequence], least: int
+) -> None:
+    assert least_prompt_tokens(prompts, 0.1, 10.0, most=16) == least
+
+
+def test_of_tiny_blocks_prompts_get_one() -> None:
+    assert least_prompt_tokens([prompt(100, 60.0)], 0.1, 10.0, most=1) == 1
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 300), st.floats(0.05, 30)), min_size=1, max_size=5),
+    most=st.integers(1, 64),
+)
+def test_prompts_that_can_be_in_time_are(prompts: list[tuple[int, float]], most: int) -> None:
+    """Whatever is due first is computed first, by steps that never compute more than `most`."""
+    line = [
+        prompt(num_tokens, due) for num_tokens, due in sorted(prompts, key=lambda each: each[1])
+    ]
+    before = 0
+    for each in line:  # what even the largest steps would bring late
+        before += each.num_uncomputed
+        if math.ceil(before / most) * 0.1 > each.first_due_at:
+            return
+    now = 0.0
+    while line:
+        left = least_prompt_tokens(line, 0.1, now, most=most)
+        assert left <= most
+        now += 0.1
+        while line and left:
+            count = min(left, line[0].num_uncomputed)
+            line[0].num_computed += count
+            left -= count
+            if not line[0].num_uncomputed:
+                assert now <= line.pop(0).first_due_at + 0.1 + 1e-9

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", params=["all", "sixteen"])
 def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """As they are compiled here, and as for an x86 processor with 16 vector registers of 256 bits."""
+    """As they are compiled here, and as for an x86 processor with 16 registers of 256 bits."""
     if request.param == "sixteen":
         if "avx512f" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no others")

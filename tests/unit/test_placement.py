@@ -299,13 +299,22 @@ def test_a_prefill_worker_keeps_no_more_than_leaves_its_prompts_time(
     ttft_target_s: float, most: int
 ) -> None:
     wanted = Wanted(100, ttft_target_s=ttft_target_s, tpot_target_s=0.04)
-    busy = worker("d", num_sequences=24, max_num_seqs=64)
+    full = worker("d", num_sequences=8)
 
     def keeps(num_sequences: int) -> bool:
         keeper = worker("p", may_keep=True, num_sequences=num_sequences, max_num_seqs=64)
-        return names(chosen(wanted, [keeper], [busy])) == ("p", "p")
+        return names(chosen(wanted, [keeper], [full])) == ("p", "p")
 
     assert [count for count in range(20) if keeps(count)] == list(range(most + 1))
+
+
+def test_where_no_target_is_met_tokens_come_from_whoever_has_the_shorter_steps() -> None:
+    # Nobody has time for another prompt.
+    wanted = Wanted(100, num_answer_tokens=100, ttft_target_s=0.2, tpot_target_s=0.04)
+    late = worker("d", num_sequences=39, max_num_seqs=64)  # 60 ms
+    for num_sequences, served in ((0, "p"), (32, "p"), (33, "d"), (39, "d")):  # 53, 54, 60 ms
+        keeper = worker("p", may_keep=True, num_sequences=num_sequences, max_num_seqs=64)
+        assert names(chosen(wanted, [keeper], [late])) == ("p", served)
 
 
 def test_a_prefill_worker_keeps_what_no_decode_worker_has_a_place_for() -> None:

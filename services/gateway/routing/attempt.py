@@ -119,7 +119,7 @@ class Attempt:
         """Take a place at decode, then have the prompt computed. Raises what they answer."""
         place = self.place
         colocated = place.prefill is place.decode
-        reserve = self._request(Reserve, opened, self._decode_id)
+        reserve = self._request(Reserve, opened, self._decode_id, now)
         reserve.tpot_target_ms = self._targets.tpot_ms
         if opened.is_whole:
             self._assignment.prefilled(now)
@@ -128,9 +128,9 @@ class Attempt:
             reserve.prefill_here = colocated
         await place.decode.link.call(reserve, timeout_s=None)
         if not colocated and not opened.is_whole:
-            await place.prefill.link.call(self._request(Prefill, opened, self._prefill_id))
+            await place.prefill.link.call(self._request(Prefill, opened, self._prefill_id, now))
 
-    def _request(self, kind: type[R], opened: HandoffOpened, worker_id: str) -> R:
+    def _request(self, kind: type[R], opened: HandoffOpened, worker_id: str, now: float) -> R:
         request = self.stream.request
         return kind(
             handoff_id=opened.handoff_id,
@@ -142,9 +142,16 @@ class Attempt:
             num_prompt_tokens=len(request.prompt),
             sampling=self._sampling,
             choice=request.choice,
+            ttft_left_ms=self._ttft_left_ms(now),
             request_id=request.request_id,
             traceparent=self.stream.timeline.traceparent,
         )
+
+    def _ttft_left_ms(self, now: float) -> float:
+        target_ms = self._targets.ttft_ms
+        if self.stream.tokens or not target_ms:
+            return 0.0
+        return max(0.0, target_ms - 1000 * (now - self.stream.timeline.received_at))
 
     def on_token(self, worker: Worker, token: OutputToken, now: float) -> None:
         """A token of this request, from either worker. None counts once the attempt has failed:

@@ -32,6 +32,7 @@ from services.gateway.routing.estimates import GUESSED_PROMPT_STEPS, GUESSED_TOK
 _MOST_OF_A_ROLE = 8  # workers whose pairs are looked at, the best by themselves
 _EQUAL = 0.05  # two that differ by less take turns: predictions are no better
 LEAST_SHARE = 0.05  # of a step's time, that prompts get even where targets leave none
+_SOONER = 0.9  # of a decode worker's step, that one at prefill is shorter than
 _PROMPTS_SHARE = 1 / 4  # that prefill leaves prompts without a target beside what it decodes
 _SESSION_BONUS = 0.1  # of the time, for each worker that the session knows
 
@@ -165,11 +166,15 @@ class _Judge(Generic[C]):
             yield from self._kept()
 
     def _kept(self) -> Iterator[_Pair[C]]:
-        """Prefill workers that may decode this one themselves. Their next prompts must not have to
-        wait for it for long."""
+        """Prefill workers that may decode this one themselves: where their next prompts do not have
+        to wait for it for long, or where it has its tokens sooner than at any decode worker, as no
+        target is met at those any more."""
+        soonest_s = min(tpot_s for _, tpot_s in self._decodes)
         for prefill, first in self._prefills:
             tpot_s = self._tpot_s(prefill)
-            if prefill.may_keep and not prefill.is_full and self._leaves_time(prefill, tpot_s):
+            if not prefill.may_keep or prefill.is_full:
+                continue
+            if tpot_s < _SOONER * soonest_s or self._leaves_time(prefill, tpot_s):
                 yield self._pair(prefill, prefill, first, tpot_s, Move())
 
     def _leaves_time(self, prefill: C, tpot_s: float) -> bool:
