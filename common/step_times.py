@@ -7,9 +7,7 @@ from typing import Annotated
 import msgspec
 
 PACED_SHARE = 0.9  # of a target per token, that steps may take which compute prompts too
-FIRST_SHARE = (
-    0.8  # of what is left of a target, in which a prompt is computed between others' tokens
-)
+FIRST_SHARE = 0.8  # of the time left for a first token, that its prompt may take between others
 
 _SLACK = 2.0  # of what a prompt takes, that it can wait for shorter ones
 

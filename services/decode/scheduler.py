@@ -2,9 +2,9 @@
 
 Every running sequence gets one token a step; what is left of the step's token budget, and of the
 time that running ones may be kept waiting (pace.py), goes to prompts that this worker computes
-itself, chunk by chunk (Sarathi-Serve, section 4.2). A sequence that needs a block
-takes it from the lease. When the store has no more, the youngest gives way: its blocks become cache
-that can be evicted, and it goes on later from what is left of them.
+itself, chunk by chunk (Sarathi-Serve, section 4.2). A sequence that needs a block takes it from the
+lease. When the store has no more, the youngest gives way: its blocks become cache that can be
+evicted, and it goes on later from what is left of them.
 """
 
 from __future__ import annotations
