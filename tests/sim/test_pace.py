@@ -54,6 +54,37 @@ def test_a_long_prompt_keeps_others_waiting_no_longer_than_their_target(has_targ
     simulate(main())
 
 
+@pytest.mark.parametrize(("ttft_ms", "is_urgent"), [(10_000, False), (1_000, True), (0, True)])
+def test_a_prompt_with_time_to_spare_leaves_it_to_the_tokens_of_others(
+    ttft_ms: float, is_urgent: bool
+) -> None:
+    """Where a block alone takes longer than a token may: only a prompt in a hurry is given one."""
+
+    async def main() -> None:
+        worker = {"mock_step_ms": 10, "mock_token_ms": 4}  # a token beside a block: 78 ms
+        async with SimCluster(World(1), Shape(mode="colocated", num_prefill=0, worker=worker)) as c:
+            await arrivals(request(c, 0, prompt_of(0, 40)))
+            talker = request(
+                c, 1, prompt_of(1, 40), num_tokens=400, targets=Targets(tpot_ms=TARGET_MS)
+            )
+            task = asyncio.create_task(arrivals(talker))
+            await asyncio.sleep(0.5)
+            learns = request(c, 2, prompt_of(2, 40))  # what a prompt's token takes beside others
+            await arrivals(learns)
+            asked_at = asyncio.get_running_loop().time()
+            prompt = request(c, 3, prompt_of(3, 200), targets=Targets(ttft_ms=ttft_ms))
+            [first_at, *_] = await arrivals(prompt)
+            at = [each for each in await task if asked_at <= each]
+            assert at[-1] > first_at, "they ran beside each other"
+            beside = [each for each in at if each <= first_at]
+            assert (max(gaps_ms(beside)) > TARGET_MS) is is_urgent
+            if not is_urgent:
+                assert first_at - asked_at <= ttft_ms / 1000
+            await c.settle()
+
+    simulate(main())
+
+
 @pytest.mark.parametrize("max_local_tokens", [0, 64])
 def test_decode_takes_prompts_that_would_wait_at_prefill(max_local_tokens: int) -> None:
     async def main() -> None:
