@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 
 from common.step_times import PACED_SHARE, StepTimes, attended, due_at
 from common.worker.sequence import Sequence as Prompt
+from common.worker.sequence import plan_chunks
 from common.worker.step_fit import StepFits
 from kvbaton.sampling import SamplingParams
 from scripts.benchmarks.trace import Arrival
@@ -122,7 +123,7 @@ class PrefillSim:
 
     def step(self) -> tuple[list[tuple[Prompt, int]], float]:
         """The next step and how long it takes; no prompts, no step."""
-        plan = self._scheduler.plan(self._steps.max_tokens)
+        plan = plan_chunks(self._scheduler.line(), self._steps.max_tokens)
         context = sum(attended(count, prompt.num_computed) for prompt, count in plan)
         takes_s = self._steps.step_s(sum(count for _, count in plan), context)
         self.fits.add([prompt.work(count) for prompt, count in plan], takes_s)

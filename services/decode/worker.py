@@ -257,8 +257,8 @@ class DecodeRole:
         return self._runtime.works(plan.steps)
 
     def num_prompt_tokens(self, prompts: Many[Sequence]) -> float:
-        """How many tokens of these, the first due first, the next step may compute so that those
-        that run get theirs in time, or must so that prompts are in time as well."""
+        """How many tokens of these, in the order of their turns, the next step may compute so that
+        those that run get theirs in time, or must so that prompts are in time as well."""
         now, fits = self._runtime.seams.clock.now(), self._runtime.step_fits
         block_size = self._runtime.block_size
         awaiting = self._scheduler.prompts()

@@ -1,4 +1,4 @@
-"""Which prompts, and how much of each, the next step computes. Pure.
+"""Whose prompts the next step computes. Pure.
 
 Prompts are computed in chunks under a token budget for each step: several short prompts share a
 step, a long one is spread over several (Sarathi-Serve, section 4.2). They are served in the order
@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Iterable
 from operator import itemgetter
 
-from common.worker.sequence import Sequence, plan_chunks
+from common.worker.sequence import Sequence
 
 
 class PrefillScheduler:
@@ -36,9 +36,3 @@ class PrefillScheduler:
         have their turn as if they were."""
         line = sorted([*self._ready, *others], key=itemgetter(0))
         return [sequence for _, sequence in line[: self._max_num_seqs]]
-
-    def plan(
-        self, budget: int, others: Iterable[tuple[float, Sequence]] = ()
-    ) -> list[tuple[Sequence, int]]:
-        """The next step: sequences, and how many tokens of each, `budget` in all."""
-        return plan_chunks(self.line(others), budget)

@@ -33,7 +33,7 @@ from common.messages import (
 )
 from common.step_times import due_at
 from common.worker.runtime import WorkerRuntime
-from common.worker.sequence import Sequence
+from common.worker.sequence import Sequence, plan_chunks
 from common.worker.store_link import StoreLink
 from kvbaton.errors import KvbatonError, OverloadedError, ProtocolError
 from services.decode.worker import DecodeRole
@@ -130,9 +130,9 @@ class PrefillRole:
     def plan(self) -> list[tuple[Sequence, Work]]:
         steps = self._kept.plan_tokens()
         kept = [(self._due_at(sequence), sequence) for sequence in self._kept.prompts()]
-        room = self._kept.num_prompt_tokens(self._scheduler.line(kept))
-        num_tokens = int(max(min(room, self._budget - len(steps)), 1))
-        return steps + self._runtime.works(self._scheduler.plan(num_tokens, kept))
+        prompts = self._scheduler.line(kept)
+        room = min(self._kept.num_prompt_tokens(prompts), self._budget - len(steps))
+        return steps + self._runtime.works(plan_chunks(prompts, int(max(room, 1))))
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         if not self._hands_over(sequence):

@@ -33,6 +33,7 @@ class Ahead {
     int heads, lines, run;  // of a block: keys of each head, values of each head
     const char *at = nullptr, *stop = nullptr;
 
+    // Seldom, and not inlined: it would take registers from the loops that fetch.
     __attribute__((noinline)) bool find_run() {
         if (left <= 0) return false;
         const int64_t count = std::min(block_size - offset, left);

@@ -93,10 +93,10 @@ void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&
 #pragma omp for schedule(static) nowait
         for (int64_t index = 0; index < panels; index += together) {
             const W* panel = weights + index * panel_size;
-            const bool pair = together == 2 && index + 1 < panels, last = index + 1 + pair == panels;
-            const auto ahead = reinterpret_cast<const char*>(last ? panel : panel + (1 + pair) * panel_size);
-            const int64_t column = index * PANEL;
-            const int64_t columns = std::min<int64_t>((1 + pair) * PANEL, p.out - column);
+            const int64_t num = std::min(together, panels - index);
+            const bool last = index + num == panels;
+            const auto ahead = reinterpret_cast<const char*>(last ? panel : panel + num * panel_size);
+            const int64_t column = index * PANEL, columns = std::min(num * PANEL, p.out - column);
             const auto sum = [&](auto P, const auto* weights_of, int64_t num_steps, int64_t ahead_step) {
                 sum_panels<P()>(count, x + begin * stride, stride, weights_of, num_steps, ahead,
                                 last ? 0 : ahead_step,
@@ -109,7 +109,7 @@ void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&
                 }
             }
             if constexpr (PAIRED_ROWS > 0)
-                if (pair) {
+                if (num == 2) {
                     sum(Number<2>{}, panel, steps, 2 * STEP_BYTES);
                     continue;
                 }
