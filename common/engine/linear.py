@@ -46,3 +46,18 @@ class QuantisedLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(dequantised(weight), bias)
+
+
+class RoundingLinear(QuantisedLinear):
+    """The same, of what int8 holds of each row of x."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(dequantised(x))
+
+
+# By QUANTIZATIONS.
+LINEARS: dict[str, type[Linear]] = {
+    "none": Linear,
+    "int8": QuantisedLinear,
+    "w8a8_int8": RoundingLinear,
+}

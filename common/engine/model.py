@@ -15,7 +15,7 @@ from common.engine.config import ModelConfig
 from common.engine.invariance import agreeing_row_counts, tile_rows
 from common.engine.kv_cache import KvCache
 from common.engine.layers import Layers, Placement
-from common.engine.linear import MIN_ROWS, Linear, QuantisedLinear
+from common.engine.linear import LINEARS, MIN_ROWS, Linear
 from common.engine.rotary import rotary_tables
 from common.engine.weights import Checkpoint
 
@@ -165,7 +165,7 @@ class Model:
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
         self._norm = checkpoint.tensor("model.norm.weight", dtype)
         tied = config.tie_word_embeddings
-        self._linear = QuantisedLinear if quantization == "int8" else Linear
+        self._linear = LINEARS[quantization]
         head = self._embedding if tied else checkpoint.tensor("lm_head.weight", dtype)
         self._head = self._linear(head)
         angles = rotary_tables(config.rope, config.head_dim, max_model_len, dtype)

@@ -1,8 +1,10 @@
-"""Weights as 8-bit integers by output channel, and keys and values by position and head.
+"""Weights as 8-bit integers by output channel, activations by row, keys and values by position and
+head.
 
 The method is that of Wu et al., "Integer Quantization for Deep Learning Inference: Principles and
 Empirical Evaluation" (arXiv:2004.09602), for weights: symmetric, one scale for each output channel,
-and the channel's largest magnitude at the end of the range. Activations and sums stay as they are.
+and the channel's largest magnitude at the end of the range. What a product multiplies with them
+stays as it is, or each row of it is rounded in the same way as it comes. Sums stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "w8a8_int8")  # weights, or activations too
 KV_CACHE_DTYPES = ("auto", "int8")
 _LARGEST = 127
 _ROWS_AT_ONCE = 1024  # the matrix of a large head in float32 would be larger than all else
@@ -34,6 +36,6 @@ def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantised(weight: Tensor) -> Tensor:
-    """`weight` [out, in] rounded to what int8 holds of it, in its own dtype."""
+    """`weight` [out, in], or rows of activations, rounded to what int8 holds, in its own dtype."""
     steps, scales = quantise(weight)
     return (steps * scales[:, None]).to(weight.dtype)

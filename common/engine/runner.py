@@ -56,9 +56,9 @@ class TorchEngine:
         `dtype` auto is the checkpoint's, but float32 for float16, of which CPUs have no fast kind.
         `device` is cpu, and auto means it too; loading.py chooses among devices. `attention` is one
         of attention.BACKENDS; with torch no code of our own is compiled. `quantization` int8 keeps
-        the matrices in 8 bits, and `kv_cache_dtype` int8 the KV, of which auto keeps what was
-        computed: see quantization.py. Raises ModelError for a folder or settings that cannot be
-        served.
+        the matrices in 8 bits, w8a8_int8 also what they are multiplied with, and `kv_cache_dtype`
+        int8 the KV, of which auto keeps what was computed: see quantization.py. Raises ModelError
+        for a folder or settings that cannot be served.
         """
         self.arithmetic_s = 0.0
         self._device = self._choose_device(device, attention)

@@ -33,7 +33,11 @@ class WorkerConfig:
     device_kv_bytes: int = setting(
         0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
     )
-    quantization: str = setting("none", "none, or int8: smaller weights", choices="none int8")
+    quantization: str = setting(
+        "none",
+        "none; int8: smaller weights; w8a8_int8: activations too, faster where int8 products are",
+        choices="none int8 w8a8_int8",
+    )
     kv_cache_dtype: str = setting(
         "auto", "auto: as computed; or int8: smaller KV", choices="auto int8"
     )

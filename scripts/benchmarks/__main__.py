@@ -26,7 +26,7 @@ CASES = {
     "mover": "bytes a second between a worker and a KV store, by encryption and connections",
     "overload": "goodput at more load than can be served, beside its peak",
     "placement": "first tokens of a trace by placement policy, on virtual time",
-    "quantization": "what int8 weights and KV change: time, and the demo model's logits and loss",
+    "quantization": "what int8 weights, activations and KV change: time, logits and loss",
     "serve": "one server under load: latency, attainment, goodput and its queueing bound",
     "startup": "from scripts/serve to the first answer, by phase, and what each process then holds",
     "store": "handoffs, lookups and bytes a second of a KV store on one core",

@@ -1,5 +1,5 @@
-"""What int8 weights and int8 KV change: the time of steps, and the demo model's logits on text held
-out.
+"""What int8 weights, activations and KV change: the time of steps, and the demo model's logits on
+text held out.
 
 Engines on one model, as it is and with int8, in alternated rounds; then the demo model in the same
 ways over the text that it was not trained on, in windows of its context: nats a token, and how far
@@ -30,8 +30,14 @@ from scripts.demo.corpus import load_corpus
 from scripts.demo.tokenizer import encode, held_out_documents
 
 _PLAIN = "none"
-WEIGHTS, KV = ("weights", "both"), ("kv", "both")
-VARIANTS = ("weights", "kv", "both")
+_SETTINGS = {  # quantization and kv_cache_dtype of an engine
+    _PLAIN: ("none", "auto"),
+    "weights": ("int8", "auto"),
+    "w8a8": ("w8a8_int8", "auto"),
+    "kv": ("none", "int8"),
+    "both": ("int8", "int8"),
+}
+_VARIANTS = tuple(_SETTINGS)[1:]
 _STEPS = ("decode", "prefill")
 
 
@@ -48,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this case."""
     engines.add_options(parser)
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    add("--variants", nargs="+", choices=_VARIANTS, default=list(_VARIANTS), help="(default: all)")
     add("--contexts", nargs="*", type=int, default=[512], help="positions (default: 512)")
     add("--sequences", nargs="+", type=int, default=[1, 8, 32], help="(default: 1 8 32)")
     add("--steps", nargs="+", choices=_STEPS, default=_STEPS, help="what to time (default: both)")
@@ -74,11 +80,9 @@ def _engines(folder: Path, variants: Sequence[str]) -> Iterator[dict[str, TorchE
     with contextlib.ExitStack() as stack:
         made = {}
         for name in (_PLAIN, *variants):
+            quantization, kv = _SETTINGS[name]
             made[name] = TorchEngine(
-                folder,
-                threads=1,
-                quantization="int8" if name in WEIGHTS else "none",
-                kv_cache_dtype="int8" if name in KV else "auto",
+                folder, threads=1, quantization=quantization, kv_cache_dtype=kv
             )
             stack.callback(made[name].close)
         yield made

@@ -181,9 +181,10 @@ def test_every_path_gives_the_same_bits(
 
 
 @pytest.mark.long
-def test_int8_changes_nothing_of_that(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "w8a8_int8"])
+def test_int8_changes_nothing_of_that(tmp_path: Path, model: Path, quantization: str) -> None:
     """KV is rounded once, when it is written, and moves as it is; weights in 8 bits as well."""
-    options = {"quantization": "int8", "kv_cache_dtype": "int8"}
+    options = {"quantization": quantization, "kv_cache_dtype": "int8"}
     outputs = {
         mode: outputs_of(tmp_path / mode, model, mode, "bfloat16", True, **options)
         for mode in MODES

@@ -39,7 +39,8 @@ def test_products_follow_their_definition(
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(*shape, generator=generator).bfloat16()
     bias = torch.randn(shape[0], generator=generator).bfloat16()
-    (product,) = pack(kernels, [Matrix([weight], torch.bfloat16, bias)], int8=int8)
+    quantization = "int8" if int8 else "none"
+    (product,) = pack(kernels, [Matrix([weight], torch.bfloat16, bias)], quantization)
     kept = dequantised(weight.float()) if int8 else weight
     for rows in (1, 2, 3, 11, 12, 13, 40):
         x = torch.randn(rows, shape[1], generator=generator).bfloat16()

@@ -266,7 +266,10 @@ def test_settings_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
         ({"max_model_len": 0}, "max_model_len must be"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"quantization": "int4"}, "quantization 'int4' is not supported; use none or int8"),
+        (
+            {"quantization": "int4"},
+            "quantization 'int4' is not supported; use none or int8 or w8a8_int8",
+        ),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' is not supported; use auto or int8"),
     ):
         with pytest.raises(ModelError, match=message):

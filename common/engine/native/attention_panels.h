@@ -123,7 +123,7 @@ class PanelTile {
     void start(const Problem& p, int num_queries) {
         groups = p.num_heads / p.num_kv_heads, rows = num_queries * groups, dim = p.head_dim;
         scale = p.scale * LOG2_E;
-        query_width = operand_stride<T>(dim), weight_width = operand_stride<T>(PANEL_SPAN);
+        query_width = operand_stride<Operand<T>>(dim), weight_width = operand_stride<Operand<T>>(PANEL_SPAN);
         sum_width = (dim + PANEL - 1) / PANEL * PANEL;
         operands = operand_rows.of(rows * query_width);
         weights = weight_rows.of(TILE_ROWS * weight_width);

@@ -37,21 +37,37 @@ Vec finished(const Product& p, int64_t column, const float* sums, int64_t count)
     return p.bias ? sum + load_some(static_cast<const T*>(p.bias) + column, count) : sum;
 }
 
-// Rows of operands for a product: row r is filled by fill(r, its place).
+// A row before it is rounded.
+template <typename T>
+struct Exact {
+    Buffer<Operand<T>> row;
+};
+
+// Rows of operands for a product (see multiply): row r is filled by fill(r, its place).
 template <typename T, typename F>
-const Operand<T>* prepare(const Product& p, int64_t rows, Operand<T>* operands, F&& fill) {
-    const int64_t stride = operand_stride<T>(p.in);
-    each_row(rows, [&](int64_t row) {
-        Operand<T>* line = operands + row * stride;
-        fill(row, line);
-        for (int64_t d = p.in; d % DEPTH<int8_t>; d++) convert(0.0f, line + d);
-    });
+const void* prepare(const Product& p, int64_t rows, Operand<T>* operands, F&& fill) {
+    if (p.rounds) {
+        static_assert(sizeof(Rounded) <= sizeof(Operand<T>), "rows have the room of operands");
+        const int64_t stride = operand_stride<Rounded>(p.in);
+        Operand<T>* const exact = own<Exact<T>>().row.of(p.in);
+        each_row(rows, [&](int64_t row) {
+            fill(row, exact);
+            round_row(exact, reinterpret_cast<Rounded*>(operands) + row * stride, p.in);
+        });
+    } else {
+        const int64_t stride = operand_stride<Operand<T>>(p.in);
+        each_row(rows, [&](int64_t row) {
+            Operand<T>* line = operands + row * stride;
+            fill(row, line);
+            for (int64_t d = p.in; d % DEPTH<int8_t>; d++) convert(0.0f, line + d);
+        });
+    }
     return operands;
 }
 
 // y = x W^T + b, of rows p.out apart.
 template <typename T, typename Out>
-void multiply_into(const Product& p, const Operand<T>* x, int64_t rows, Out* y) {
+void multiply_into(const Product& p, const void* x, int64_t rows, Out* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
             Out* target = y + row * p.out + column + d;
@@ -65,7 +81,7 @@ void multiply_into(const Product& p, const Operand<T>* x, int64_t rows, Out* y) 
 
 // y += x W^T + b, the product rounded before it is added.
 template <typename T>
-void multiply_onto(const Product& p, const Operand<T>* x, int64_t rows, T* y) {
+void multiply_onto(const Product& p, const void* x, int64_t rows, T* y) {
     multiply<T>(p, x, rows, [&](int64_t row, int64_t column, int64_t columns, const float* sums) {
         for (int64_t d = 0; d < columns; d += LANES) {
             T* target = y + row * p.out + column + d;
@@ -92,7 +108,7 @@ struct Run {
 
     Run(const Model& m, const Step& s, T* residual, Buffers<T>& buffers) : model(m), step(s), x(residual) {
         const int64_t widest = std::max({m.hidden, m.inner, s.attention.out_stride});
-        operands = buffers.operands.of(s.rows * operand_stride<T>(widest));
+        operands = buffers.operands.of(s.rows * operand_stride<Operand<T>>(widest));
         qkv = buffers.qkv.of(s.rows * s.attention.query_stride);
         attended = buffers.attended.of(s.rows * s.attention.out_stride);
         gate_up = buffers.gate_up.of(s.rows * 2 * m.inner);
@@ -127,7 +143,7 @@ struct Run {
         multiply_onto(layer.down, ready, step.rows, x);
     }
 
-    const Operand<T>* normed(const Product& p, const T* norm) {
+    const void* normed(const Product& p, const T* norm) {
         return prepare<T>(p, step.rows, operands, [&](int64_t row, Operand<T>* line) {
             rms_norm(x + row * model.hidden, norm, line, model.hidden, model.eps);
         });
@@ -149,7 +165,7 @@ void forward(const Model& model, const Step& step, K* keys, T* x, int threads) {
 
 template <typename T>
 void logits(const Model& model, const T* x, const int64_t* rows, int64_t count, float* out, int threads) {
-    Operand<T>* operands = own<Buffer<Operand<T>>>().of(count * operand_stride<T>(model.hidden));
+    Operand<T>* operands = own<Buffer<Operand<T>>>().of(count * operand_stride<Operand<T>>(model.hidden));
 #ifndef _OPENMP
     (void)threads;
 #endif
@@ -165,7 +181,7 @@ void logits(const Model& model, const T* x, const int64_t* rows, int64_t count, 
 
 template <typename T>
 void product(const Product& p, const T* x, T* y, int64_t rows, int threads) {
-    Operand<T>* operands = own<Buffer<Operand<T>>>().of(rows * operand_stride<T>(p.in));
+    Operand<T>* operands = own<Buffer<Operand<T>>>().of(rows * operand_stride<Operand<T>>(p.in));
 #ifndef _OPENMP
     (void)threads;
 #endif

@@ -161,7 +161,7 @@ def _pack(
     layers = [layer_weights(config, checkpoint, index, dtype) for index in range(config.num_layers)]
     matrices = [matrix for layer in layers for matrix in layer.matrices()]
     matrices.append(Matrix([checkpoint.stored(head)], dtype))
-    packed = iter(pack(library, matrices, int8=quantization == "int8"))
+    packed = iter(pack(library, matrices, quantization))
     return [layer.map(lambda _: next(packed)) for layer in layers], next(packed)
 
 

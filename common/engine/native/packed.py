@@ -23,11 +23,18 @@ class Packed:
     """y = x W^T + b for x [rows, in] and W [out, in], float32 or bfloat16.
 
     `weights` is W in panels, [panels, steps, panel, depth] with zeros beyond the matrix; with
-    `scales` [out] it is W quantised (see quantization.py), and x, b and y are of W's own type.
+    `scales` [out] it is W quantised (see quantization.py), and x, b and y are of W's own type; with
+    `rounds` each row of x is quantised too before it is multiplied.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, matrix: Matrix, weights: Tensor, scales: Tensor | None
+        self,
+        library: ctypes.CDLL,
+        matrix: Matrix,
+        weights: Tensor,
+        scales: Tensor | None,
+        *,
+        rounds: bool,
     ) -> None:
         self.out_features, self.in_features = matrix.shape
         self.dtype = matrix.dtype
@@ -41,6 +48,7 @@ class Packed:
             bias=None if matrix.bias is None else matrix.bias.data_ptr(),
             inputs=self.in_features,
             outputs=self.out_features,
+            rounds=rounds,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,11 +67,17 @@ class Packed:
         return y
 
 
-def pack(library: ctypes.CDLL, matrices: Sequence[Matrix], *, int8: bool = False) -> list[Packed]:
-    """All matrices, one after another in memory with huge pages where the system has them."""
+def pack(
+    library: ctypes.CDLL, matrices: Sequence[Matrix], quantization: str = "none"
+) -> list[Packed]:
+    """All matrices, one after another in memory with huge pages where the system has them.
+
+    `quantization` is one of QUANTIZATIONS.
+    """
     places, end = [], 0
     for matrix in matrices:
-        places.append(_Place(library, matrix, torch.int8 if int8 else matrix.dtype, end))
+        dtype = matrix.dtype if quantization == "none" else torch.int8
+        places.append(_Place(library, matrix, dtype, end))
         end = places[-1].end
 
     whole = mmap.mmap(-1, end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones have none
@@ -72,8 +86,9 @@ def pack(library: ctypes.CDLL, matrices: Sequence[Matrix], *, int8: bool = False
             whole.madvise(mmap.MADV_HUGEPAGE)
     for matrix, place in zip(matrices, places, strict=True):
         place.fill(whole, matrix)
+    rounds = quantization == "w8a8_int8"
     return [
-        Packed(library, matrix, place.weights(whole), place.scales(whole))
+        Packed(library, matrix, place.weights(whole), place.scales(whole), rounds=rounds)
         for matrix, place in zip(matrices, places, strict=True)
     ]
 

@@ -7,17 +7,18 @@
 
 #include <algorithm>
 
+#include "int8_products.h"
 #include "own.h"
-#include "wide.h"
 
 // A packed matrix: `weights` is [ceil(out / PANEL), ceil(in / DEPTH), PANEL, DEPTH], with zeros
 // beyond `out` and `in`; `bias` is [out] or null. With `scales`, [out], weights are int8 and each row
-// of W is a multiple of its scale; without, they are of the model's type.
+// of W is a multiple of its scale; without, they are of the model's type. x is rounded to int8 too
+// where `rounds` is not 0.
 struct Product {
     const void* weights;
     const float* scales;
     const void* bias;
-    int64_t in, out;
+    int64_t in, out, rounds;
 };
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -31,10 +32,10 @@ constexpr int64_t CACHED_BYTES = 512 * 1024;  // of x, kept in the second cache 
 constexpr int64_t MAX_BLOCK_ROWS = 96;
 
 // Elements from row to row of a matrix of operands: whole steps, and a cache line more, so that the
-// rows of a tile never fall into one cache set.
-template <typename T>
+// rows of a tile never fall into one cache set; a RowEnd fits there.
+template <typename O>
 inline int64_t operand_stride(int64_t width) {
-    constexpr int64_t line = 64 / sizeof(Operand<T>);
+    constexpr int64_t line = 64 / sizeof(O);
     return (width + line - 1) / line * line + line;
 }
 
@@ -80,11 +81,11 @@ const T* widened(const int8_t* panel, int64_t steps) {
 }
 
 // See multiply, for weights packed as W.
-template <typename T, typename W, typename Store>
-void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&& store) {
-    const int64_t stride = operand_stride<T>(p.in), steps = num_steps<W>(p), panels = (p.out + PANEL - 1) / PANEL;
+template <typename T, typename W, typename O, typename Store>
+void multiply_packed(const Product& p, const O* x, int64_t rows, Store&& store) {
+    const int64_t stride = operand_stride<O>(p.in), steps = num_steps<W>(p), panels = (p.out + PANEL - 1) / PANEL;
     const int64_t panel_size = steps * DEPTH<W> * PANEL;
-    const int64_t fitting = CACHED_BYTES / (stride * int64_t(sizeof(Operand<T>)));
+    const int64_t fitting = CACHED_BYTES / (stride * int64_t(sizeof(O)));
     const int64_t block = std::clamp(fitting / TILE_ROWS * TILE_ROWS, int64_t(TILE_ROWS), MAX_BLOCK_ROWS);
     const auto weights = static_cast<const W*>(p.weights);
     for (int64_t begin = 0; begin < rows; begin += block) {
@@ -102,7 +103,7 @@ void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&
                                 last ? 0 : ahead_step,
                                 [&](int64_t row, const float* sums) { store(begin + row, column, columns, sums); });
             };
-            if constexpr (std::is_same_v<W, int8_t>) {
+            if constexpr (std::is_same_v<W, int8_t> && !std::is_same_v<O, Rounded>) {
                 if (count > TILE_ROWS) {  // each tile would widen it anew
                     sum(Number<1>{}, widened<T>(panel, steps), steps * DEPTH<W> / DEPTH<T>, DEPTH<T> * PANEL);
                     continue;
@@ -120,12 +121,14 @@ void multiply_packed(const Product& p, const Operand<T>* x, int64_t rows, Store&
 }
 
 // Calls store(row, first column, number of columns, sums of that run) for every part of the product
-// of x [rows, p.in], whose rows are operand_stride apart. Run by all threads of a team, which have
-// all the results when it returns.
+// of x [rows, p.in], whose rows are operand_stride apart: Rounded where p.rounds, else Operand<T>. Run
+// by all threads of a team, which have all the results when it returns.
 template <typename T, typename Store>
-void multiply(const Product& p, const Operand<T>* x, int64_t rows, Store&& store) {
-    if (p.scales)
-        multiply_packed<T, int8_t>(p, x, rows, store);
+void multiply(const Product& p, const void* x, int64_t rows, Store&& store) {
+    if (p.rounds)
+        multiply_packed<T, int8_t>(p, static_cast<const Rounded*>(x), rows, store);
+    else if (p.scales)
+        multiply_packed<T, int8_t>(p, static_cast<const Operand<T>*>(x), rows, store);
     else
-        multiply_packed<T, T>(p, x, rows, store);
+        multiply_packed<T, T>(p, static_cast<const Operand<T>*>(x), rows, store);
 }

@@ -36,7 +36,7 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("weights", "scales", "bias")),
-        *((name, _LONG) for name in ("inputs", "outputs")),
+        *((name, _LONG) for name in ("inputs", "outputs", "rounds")),
     )
 
 

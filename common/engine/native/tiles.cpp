@@ -11,7 +11,7 @@ __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* pan
                                         const char* ahead, int64_t ahead_step, float* out,
                                         int64_t out_stride) {
     const int64_t panel_size = steps * DEPTH<W> * PANEL;
-    Vec sums[P][R][2] = {};
+    Sum<O> sums[P][R][2] = {};
     TileRows<O, R> rows(x, stride);
     const W* const end = panel + panel_size;
     while (panel < end) {
@@ -22,10 +22,10 @@ __attribute__((noinline)) void sum_tile(const O* x, int64_t stride, const W* pan
         panel += DEPTH<W> * PANEL;
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++)  // unrolled, or the sums would be kept in memory
+    for (int r = 0; r < R; r++)  // unrolled, or the sums would be kept in memory; rows are at their ends
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * P; v++)
-            store(out + r * out_stride + v * LANES, sums[v / 2][r][v % 2]);
+            store(out + r * out_stride + v * LANES, total(sums[v / 2][r][v % 2], rows[r]));
 }
 
 template <int P, int R, typename W, typename O>
@@ -55,6 +55,7 @@ void sum_rows(int64_t rows, const O* x, int64_t stride, const W* panel, int64_t 
 #endif
 INSTANTIATE(float, float)
 INSTANTIATE(int8_t, float)
+INSTANTIATE(int8_t, Rounded)
 INSTANTIATE(BFloat16, Operand<BFloat16>)
 #if BFLOAT16_PRODUCTS
 INSTANTIATE(int8_t, BFloat16)

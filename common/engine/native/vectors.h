@@ -128,12 +128,16 @@ inline Vec load(const int8_t* p) {
 #endif
     return __builtin_convertvector(whole, Vec);
 }
-inline void store(int8_t* p, Vec v) {
+inline IntVec nearest(Vec v) {
     const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23
     const IntVec whole = reinterpret_cast<IntVec>(v + magic) - reinterpret_cast<IntVec>(magic);
-    const ByteVec bytes = __builtin_convertvector(whole & reinterpret_cast<IntVec>(v == v), ByteVec);
+    return whole & reinterpret_cast<IntVec>(v == v);
+}
+inline void store(int8_t* p, IntVec whole) {
+    const ByteVec bytes = __builtin_convertvector(whole, ByteVec);
     std::memcpy(p, &bytes, sizeof bytes);
 }
+inline void store(int8_t* p, Vec v) { store(p, nearest(v)); }
 
 // LANES numbers, of which the first `count` are there; the others are 0, and are not stored.
 template <typename T>
