@@ -154,9 +154,12 @@ def _add_goodput(report: Report, found: Found) -> None:
         pairs = _in_both(own, base)
         if not pairs:
             continue
-        times = spread(its / mine if mine else 0.0 for mine, its in pairs)
         goodput = spread(mine for mine, _ in pairs)
-        report.figures[target] |= {"goodput": goodput, "first_over_this": times}
-        rows.append((target, goodput.text(digits=3), times.text(digits=2)))
+        report.figures[target]["goodput"] = goodput
+        ratios = [its / mine for mine, its in pairs if mine]  # nothing is so many times nothing
+        if ratios:
+            report.figures[target]["first_over_this"] = spread(ratios)
+        times = spread(ratios).text(digits=2) if ratios else ""
+        rows.append((target, goodput.text(digits=3), times))
     columns = ("target", "goodput, requests/s", "the first is so many times as good")
     report.table("goodput: median (p10 to p90) of rounds", columns, rows)

@@ -17,6 +17,7 @@ from scripts.benchmarks.load_generator import End, LoadSpec
 from scripts.benchmarks.loads import Load, Used
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Busy, Server
+from scripts.benchmarks.trials import Trial
 
 
 def _rounds(done: list[int], ends_after: int) -> Generator[None, None, None]:
@@ -103,6 +104,19 @@ def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=1))
     report = compare.run(_options("one", "other", "--goodput"))
     assert (report.is_whole, report.settings["rounds"]) == (False, 0)
+    report.show()
+
+
+def test_no_ratio_is_told_to_a_server_without_goodput() -> None:
+    goodputs = {"one": [0.8, 0.6], "two": [0.0, 0.3], "three": [0.0, 0.0]}
+    found = {name: [Trial(goodput=each) for each in given] for name, given in goodputs.items()}
+    report = Report("a case", {})
+    report.figures |= {name: {} for name in found}
+    compare._add_goodput(report, found)
+    assert report.figures["two"]["first_over_this"].median == pytest.approx(2.0)
+    assert report.figures["two"]["first_over_this"].count == 1
+    assert report.figures["three"]["goodput"].median == 0
+    assert "first_over_this" not in report.figures["three"]
     report.show()
 
 
