@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import random
 from pathlib import Path
 
@@ -15,20 +14,17 @@ from common.engine.native import library
 from common.engine.native.packed import pack
 from common.engine.quantization import dequantised
 from tests.unit.engine_models import build, logits_of, make_engine, part, random_tokens, whole
-
-HEADER = Path(__file__).with_name("emulated_bfloat16.h")
-FLAGS = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+from tests.unit.native_kernels import CPU_FLAGS, emulated
 
 pytestmark = pytest.mark.skipif(
-    not {"avx512f", "avx512vl", "avx512bw"} <= set(FLAGS), reason="this processor has no AVX-512"
+    not {"avx512f", "avx512vl", "avx512bw"} <= set(CPU_FLAGS),
+    reason="this processor has no AVX-512",
 )
 
 
 @pytest.fixture(scope="module")
 def kernels() -> ctypes.CDLL:
-    version = hashlib.sha256(HEADER.read_bytes()).hexdigest()
-    flags = ("-O1", "-include", str(HEADER), f"-DEMULATION_{version[:16]}")
-    return library.compile_library("g++", flags=flags)
+    return emulated("emulated_bfloat16.h")
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -66,5 +62,5 @@ def test_steps_agree_with_torch(
         found[name] = logits_of(engine, works[1])
         engine.close()
     torch.testing.assert_close(found["emulated"], found["torch"], atol=0.1, rtol=0)
-    if "avx512_bf16" not in FLAGS:
+    if "avx512_bf16" not in CPU_FLAGS:
         assert not torch.equal(found["emulated"], found["native"])

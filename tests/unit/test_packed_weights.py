@@ -13,6 +13,7 @@ from common.engine.model import Matrix
 from common.engine.native.library import compile_library, load_library
 from common.engine.native.packed import Packed, pack
 from scripts.make_model import make_model
+from tests.unit.native_kernels import CPU_FLAGS
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -21,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """As they are compiled here, and as for an x86 processor with 16 registers of 256 bits."""
     if request.param == "sixteen":
-        if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        if "avx512f" not in CPU_FLAGS:
             pytest.skip("this processor has no others")
         return compile_library("g++", flags=("-mno-avx512f",))
     library = load_library(threaded=False)

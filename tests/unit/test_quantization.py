@@ -4,7 +4,6 @@ with them."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import platform
 import random
 from pathlib import Path
@@ -32,13 +31,12 @@ from tests.unit.engine_models import (
     sequence_kv,
     whole,
 )
+from tests.unit.native_kernels import CPU_FLAGS, emulated
 from tests.unit.test_engine_invariance import same_bits_in_any_company
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = (*range(1, 14), 40, 97)
 INT8 = ["int8", "w8a8_int8"]
-EMULATION = Path(__file__).with_name("emulated_int8.h")
-CPU_FLAGS = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
 
 
 def random_matrix(seed: int, *shape: int) -> Tensor:
@@ -115,9 +113,7 @@ def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL | None:
         return None
     if "avx2" not in CPU_FLAGS:
         pytest.skip("the emulation is in AVX2 or AVX-512")
-    version = hashlib.sha256(EMULATION.read_bytes()).hexdigest()
-    flags = ("-O1", "-include", str(EMULATION), f"-DEMULATION_{version[:16]}")
-    return library.compile_library("g++", flags=flags)
+    return emulated("emulated_int8.h")
 
 
 @pytest.mark.parametrize("sign", [1, -1])

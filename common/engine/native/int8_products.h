@@ -60,8 +60,7 @@ inline Vec total(Vec sum, const O*) {
 inline Vec total(IntVec sum, const Rounded* end) {
     RowEnd row;
     std::memcpy(&row, end, sizeof row);
-    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));  // a sum with its excess may wrap
-    const Bits whole = reinterpret_cast<Bits>(sum) - row.excess;
+    const BitVec whole = reinterpret_cast<BitVec>(sum) - row.excess;
     return __builtin_convertvector(reinterpret_cast<IntVec>(whole), Vec) * row.scale;
 }
 

@@ -19,6 +19,7 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));  // shifts bring zeros, sums may wrap
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 typedef int8_t ByteVec __attribute__((vector_size(LANES)));
 

@@ -155,11 +155,10 @@ inline void widen_step(const int8_t* panel, int d, float* out) {
     for (int v = 0; v < 2; v++) store(out + v * LANES, number(load_wide(panel + v * 4 * LANES), d));
 }
 inline void widen_step(const int8_t* panel, int d, BFloat16* out) {
-    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
     for (int v = 0; v < 2; v++) {
         const IntVec fours = load_wide(panel + v * 4 * LANES);
-        const auto bits = [&](int i) { return reinterpret_cast<Bits>(number(fours, i)); };
-        const Bits pairs = bits(d) >> 16 | (bits(d + 1) & 0xffff0000);
+        const auto bits = [&](int i) { return reinterpret_cast<BitVec>(number(fours, i)); };
+        const BitVec pairs = bits(d) >> 16 | (bits(d + 1) & 0xffff0000);
         std::memcpy(out + v * 2 * LANES, &pairs, sizeof pairs);
     }
 }
