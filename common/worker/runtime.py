@@ -1,8 +1,8 @@
 """The shell around a worker's scheduler: what a prefill and a decode worker have in common.
 
 A service (services/prefill, services/decode) gives its decisions as a `Role`. Here is its life and
-what gateways say and hear; steps.py runs the engine, stores.py joins the stores, endings.py ends
-sequences.
+what gateways say and hear; stores.py joins the stores, taking.py comes to a sequence's blocks,
+steps.py runs the engine, outputs.py tells gateways of tokens, endings.py ends sequences.
 """
 
 from __future__ import annotations
@@ -18,18 +18,12 @@ from common.config import StartError
 from common.engine.work import Engine, Sampled, Work
 from common.log import change_log_level
 from common.messages import (
-    Claim,
-    Discard,
     Drain,
-    Fill,
-    Granted,
     Heartbeat,
     Hello,
     Member,
     Message,
     Ok,
-    OutputToken,
-    OutputTokens,
     Prefill,
     ReportHoldings,
     Reserve,
@@ -50,18 +44,19 @@ from common.step_times import FIRST_SHARE
 from common.worker.config import WorkerConfig
 from common.worker.endings import Endings
 from common.worker.holdings import holdings
-from common.worker.mover import MESSAGE_BYTES, CorruptPiecesError
+from common.worker.mover import MESSAGE_BYTES
 from common.worker.moving import Moving
 from common.worker.nixl_wire import make_memory
-from common.worker.progress import Progress
+from common.worker.outputs import Outputs
 from common.worker.publisher import Publisher
 from common.worker.role import Role
-from common.worker.sequence import Piece, Sequence
+from common.worker.sequence import Sequence
 from common.worker.step_fit import StepFits
 from common.worker.steps import StepLoop
 from common.worker.store_link import StoreLink
 from common.worker.stores import Stores
-from kvbaton.errors import KvbatonError, ProtocolError, UnavailableError, UnprocessableError
+from common.worker.taking import Taking
+from kvbaton.errors import ProtocolError, UnavailableError, UnprocessableError
 from kvbaton.traceparent import trace_id
 from kvbaton.version import VERSION
 
@@ -94,7 +89,6 @@ class WorkerRuntime:
         self._make_role = make_role
         self._counts = WorkerCounts()
         self._moving = Moving(self._counts, config.data_connections, config.kv_compression)
-        self._outputs: dict[bytes, list[OutputToken]] = {}
         self._engine: Engine | None = None
         self._server: Server | None = None
         self._steps: StepLoop | None = None
@@ -117,6 +111,8 @@ class WorkerRuntime:
         self.block_size = self.info.layout.block_size
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
+        self.taking = Taking(engine, self.endings, self.store_of)
+        self.outputs = Outputs(self.answer, self.seams.clock, self.info.layout.block_bytes)
         if self.config.mover == "nixl":
             self._moving.memory = await make_memory(
                 self.config, self.seams, self.info.layout.block_bytes
@@ -289,7 +285,7 @@ class WorkerRuntime:
 
     def _gateway_gone(self, peer: bytes) -> None:
         """It cannot be sent to: give its requests up. Through the store it can place them again."""
-        self._outputs.pop(peer, None)
+        self.outputs.forget(peer)
         for sequence in self.role.sequences():
             if sequence.gateway == peer:
                 self.endings.abort(sequence)
@@ -298,27 +294,6 @@ class WorkerRuntime:
         """Answer a gateway's call later than at once."""
         assert self._server is not None
         self._server.send(peer, message)
-
-    def emit(self, sequence: Sequence, sampled: Sampled, finish_reason: str | None) -> None:
-        """Queue the newest token for the gateway; it leaves when the step's are complete."""
-        token = OutputToken(
-            handoff_id=sequence.handoff_id,
-            index=sequence.num_outputs - 1,
-            token_id=sampled.token_id,
-            logprob=sampled.logprob,
-            top_logprobs=list(sampled.top_logprobs),
-            finish_reason=finish_reason,
-            prompt_scores=sequence.take_scores(),
-        )
-        if sequence.progress.joined_at:
-            token.report = sequence.progress.report(
-                self.seams.clock.now(),
-                arrived_at=sequence.arrived_at,
-                num_moved=sequence.num_moved,
-                block_bytes=self.info.layout.block_bytes,
-            )
-            sequence.progress = Progress(num_blocks_before=sequence.num_moved)
-        self._outputs.setdefault(sequence.gateway, []).append(token)
 
     # ---- sequences ----------------------------------------------------------------------------
 
@@ -348,49 +323,6 @@ class WorkerRuntime:
             first_due_at=now + FIRST_SHARE * message.ttft_left_ms / 1000,
             names=_names(message),
         )
-
-    async def take_blocks(self, sequence: Sequence, step: Fill | Claim) -> bool:
-        """Ask the store for the sequence's blocks and make those that are final readable here.
-
-        False if the sequence ended over it.
-        """
-        store = self.store_of(sequence)
-        with self.endings.using(sequence):
-            try:
-                assert self._engine is not None
-                await self._engine.prepare(sequence.sampling)
-                # Without a time limit: an answer that nobody waits for would leak what it grants.
-                table = await store.link.call(step, timeout_s=None)
-                assert isinstance(table, Granted)
-                sequence.granted(table)
-                store.mover.learn(table.blocks[: len(table.stamps)], table.stamps)
-                readable = table.num_committed if isinstance(step, Fill) else len(table.blocks)
-                missing = [index for index in range(readable) if index not in sequence.pulled]
-                if not sequence.is_over:
-                    await self.pull(sequence, [(index, table.blocks[index]) for index in missing])
-            except StaleError:
-                self.endings.abort(sequence)
-            except KvbatonError as error:
-                self.endings.drop(sequence, error.code, error.message, field=error.field)
-        return not sequence.is_over
-
-    async def pull(self, sequence: Sequence, blocks: list[tuple[int, int]]) -> None:
-        """Make final blocks, given with their places, readable here, unless the sequence ends
-        meanwhile: the store may then have given its blocks to another. Raises KvbatonError."""
-        store = self.store_of(sequence)
-        if not store.mover.moves:
-            return
-        handoff_id, epoch = sequence.handoff_id, sequence.epoch
-        pieces = [Piece(index, block, sequence.digest_key(index)) for index, block in blocks]
-        try:
-            num_moved = await store.mover.pull(
-                handoff_id, epoch, pieces, lambda: not sequence.is_over
-            )
-            sequence.num_moved += num_moved  # others may have moved some meanwhile
-        except CorruptPiecesError as error:
-            log.error("blocks_corrupt", **sequence.names, indexes=error.indexes)
-            store.link.send(Discard(handoff_id=handoff_id, epoch=epoch, indexes=error.indexes))
-            raise UnavailableError(error.message) from error
 
     def works(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, Work]]:
         """A scheduler's plan as the engine wants it."""
@@ -464,16 +396,7 @@ class WorkerRuntime:
         self.role.apply(sequence, sampled)
 
     def step_ended(self) -> None:
-        if not self._outputs:
-            return
-        outputs, self._outputs = self._outputs, {}
-        load = self.role.load()
-        for peer, tokens in outputs.items():
-            # Scores are large: no two of them share a message.
-            parts = [[token] for token in tokens if token.prompt_scores]
-            parts.append([token for token in tokens if not token.prompt_scores])
-            for part in filter(None, parts):
-                self.answer(peer, OutputTokens(tokens=part, load=load))
+        self.outputs.leave(self.role.load)
 
 
 def _names(message: Prefill | Reserve) -> dict[str, str]:

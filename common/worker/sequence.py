@@ -13,11 +13,13 @@ from kvbaton.sampling import SamplingParams
 
 
 class Piece(NamedTuple):
-    """A block of a handoff: its place in the table, its number, what its digest is bound to."""
+    """A block of a handoff: its place in the table, its number, what its digest is bound to, and
+    whether that is the block's own key and not its parent's."""
 
     place: int
     block: int
     key: bytes
+    is_own_key: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -157,12 +159,15 @@ class Sequence:
         known = min(index, self.num_known_keys - 1)
         return self.key(known) if known >= 0 else self.root_key
 
+    def piece(self, index: int, block: int, key: bytes = b"") -> Piece:
+        """A block at its place as a mover wants it; `key` is given where only we know it."""
+        is_own_key = bool(key) or index < self.num_known_keys
+        return Piece(index, block, key or self.digest_key(index), is_own_key)
+
     def pieces(self, first: int, blocks: list[int], keys: list[bytes]) -> list[Piece]:
         """Blocks from a place on as a mover wants them; `keys` are those that only we know."""
-        return [
-            Piece(index, block, keys[index - first] if keys else self.digest_key(index))
-            for index, block in enumerate(blocks, first)
-        ]
+        named = zip(blocks, keys or [b""] * len(blocks), strict=True)
+        return [self.piece(index, *each) for index, each in enumerate(named, first)]
 
     def finish_reason(self, info: ModelInfo) -> str | None:
         """Why the sequence ends with its last token, or None if it goes on."""

@@ -128,7 +128,7 @@ class MovedPrompt:
         self.blocks = granted.blocks
         self._prefill.learn(granted.blocks, granted.stamps)
         named = zip(granted.blocks, keys, strict=True)
-        self._pieces = [Piece(place, block, key) for place, (block, key) in enumerate(named)]
+        self._pieces = [Piece(place, block, key, True) for place, (block, key) in enumerate(named)]
 
     async def push(self) -> None:
         """The bytes go to the store."""

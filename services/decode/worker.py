@@ -194,7 +194,7 @@ class DecodeRole:
         sequence.pulled.update(indexes)
         with self._runtime.endings.using(sequence):
             try:
-                await self._runtime.pull(sequence, blocks)
+                await self._runtime.taking.pull(sequence, blocks)
             except KvbatonError as error:
                 log.info("pull_failed", **sequence.names, reason=error.message)
                 sequence.pulled.difference_update(indexes)  # tried again when we claim
@@ -205,7 +205,7 @@ class DecodeRole:
         if pulls := self._pulls.pop(sequence.handoff_id, None):
             await asyncio.wait(pulls)
         step = Claim(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
-        if await self._runtime.take_blocks(sequence, step):
+        if await self._runtime.taking.take(sequence, step):
             sequence.claimed(first_token)
             log.info(
                 "handoff_claimed",
@@ -218,7 +218,7 @@ class DecodeRole:
 
     async def _fill(self, sequence: Sequence) -> None:
         step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
-        if await self._runtime.take_blocks(sequence, step):
+        if await self._runtime.taking.take(sequence, step):
             self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
@@ -317,7 +317,7 @@ class DecodeRole:
         if sampled is None:
             return
         finish_reason = sequence.finish_reason(self._runtime.info)
-        self._runtime.emit(sequence, sampled, finish_reason)
+        self._runtime.outputs.add(sequence, sampled, finish_reason)
         self._paces.begin(sequence, sequence.num_outputs, self._runtime.seams.clock.now())
         if finish_reason is not None:
             release = Release(handoff_id=sequence.handoff_id, epoch=sequence.epoch)

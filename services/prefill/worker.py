@@ -119,7 +119,7 @@ class PrefillRole:
     async def _start(self, sequence: Sequence) -> None:
         """Get the blocks; make the cached ones readable here."""
         step = Fill(handoff_id=sequence.handoff_id, epoch=sequence.epoch)
-        if await self._runtime.take_blocks(sequence, step):
+        if await self._runtime.taking.take(sequence, step):
             sequence.progress.joined_at = self._runtime.seams.clock.now()
             self._scheduler.add(sequence, self._due_at(sequence))
             self._runtime.wake()
@@ -143,7 +143,7 @@ class PrefillRole:
     def _computed(self, sequence: Sequence, sampled: Sampled) -> None:
         """The last chunk is done: tell the first token, and hand over."""
         finish_reason = sequence.finish_reason(self._runtime.info)
-        self._runtime.emit(sequence, sampled, finish_reason)
+        self._runtime.outputs.add(sequence, sampled, finish_reason)
         self._scheduler.remove(sequence)
         log.info(
             "prompt_computed",

@@ -120,16 +120,16 @@ def test_digests_are_bound_to_keys_that_both_ends_know() -> None:
     sequence = sequence_of(5)
     first, second = prompt_keys(ROOT, sequence.tokens, 2)
     assert sequence.pieces(0, [20, 21, 22], []) == [
-        (0, 20, first),
-        (1, 21, second),
-        (2, 22, second),
+        (0, 20, first, True),
+        (1, 21, second, True),
+        (2, 22, second, False),
     ]
     sequence.tokens += [15]
-    assert sequence.pieces(2, [22], [b"mine"]) == [(2, 22, b"mine")]
+    assert sequence.pieces(2, [22], [b"mine"]) == [(2, 22, b"mine", True)]
     assert sequence.digest_key(2) == second  # the store has not heard of the third
     sequence.granted(table_of(3, 3, prompt_keys(ROOT, sequence.tokens, 2)))
     assert sequence.digest_key(2) == prompt_keys(ROOT, sequence.tokens, 2)[2]
-    assert sequence_of(1).pieces(0, [20], []) == [(0, 20, ROOT)]
+    assert sequence_of(1).pieces(0, [20], []) == [(0, 20, ROOT, False)]
 
 
 # ---- the end ------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from common.config import settings_of
+from common.worker.config import WorkerConfig
 from kvbaton.protocol import Timings, Usage
-from scripts.cluster import serve
+from scripts.cluster import options, serve
 from scripts.cluster.config_file import unknown_variables
 from scripts.cluster.identity import ROOT
 from scripts.cluster.options import Plan, parse_plan
 from scripts.cluster.ports import ClusterError
 from scripts.cluster.sample import show_hints, timeline
 from scripts.cluster.terminal import LogLine, Screen
+from services.gateway.config import GatewayConfig
 
 
 def plan_of(*argv: str, file: dict[str, str] | None = None, **environ: str) -> Plan:
@@ -35,6 +38,18 @@ def test_flags_win_over_the_environment_and_that_over_the_file() -> None:
     file = dict.fromkeys(names, "file")
     plan = plan_of("--engine", "mock", file=file, KVBATON_ENGINE="torch", KVBATON_KV_BYTES="1G")
     assert [plan.environ[name] for name in names] == ["file", "mock", "1G"]
+
+
+@pytest.mark.parametrize("name", ["quantization", "kv_cache_dtype", "engine", "mode"])
+def test_a_flag_takes_what_the_services_take(name: str) -> None:
+    cls = GatewayConfig if name == "mode" else WorkerConfig
+    choices = settings_of(cls)[name].field.metadata["choices"]
+    flag = "--" + name.replace("_", "-")
+    for choice in choices:
+        assert plan_of(flag, choice).environ[f"KVBATON_{name.upper()}"] == choice
+    for action in options._parser()._actions:
+        if flag in action.option_strings:
+            assert tuple(action.choices or ()) == choices
 
 
 def test_flags_become_settings_of_the_services() -> None:
