@@ -56,6 +56,14 @@ _WORKER_COUNTERS: Mapping[str, tuple[str, Callable[[WorkerCounts], float]]] = {
         lambda counts: counts.num_messages_refused,
     ),
     "transfers_failed": ("Transfers that failed", lambda counts: counts.num_transfers_failed),
+    "device_blocks": (
+        "KV blocks copied into a GPU's memory at a handoff",
+        lambda counts: counts.num_device_blocks,
+    ),
+    "neighbour_blocks": (
+        "Of these, from the memory of another worker on the same GPU",
+        lambda counts: counts.num_neighbour_blocks,
+    ),
 }
 _WORKER_HISTOGRAMS: Mapping[
     str, tuple[str, Sequence[float], Callable[[WorkerCounts], Distribution]]

@@ -11,7 +11,12 @@ from common.engine.runner import TorchEngine
 
 
 def load_engine(
-    model_dir: Path, *, device: str = "auto", device_kv_bytes: int = 0, **options: Any
+    model_dir: Path,
+    *,
+    device: str = "auto",
+    device_kv_bytes: int = 0,
+    cuda_ipc: bool = True,
+    **options: Any,
 ) -> TorchEngine:
     """TorchEngine for a CPU, DeviceEngine for a GPU; auto means a GPU where torch finds one.
 
@@ -23,4 +28,6 @@ def load_engine(
         return TorchEngine(model_dir, **options)
     from common.engine.cuda.engine import DeviceEngine
 
-    return DeviceEngine(model_dir, device=device, device_kv_bytes=device_kv_bytes, **options)
+    return DeviceEngine(
+        model_dir, device=device, device_kv_bytes=device_kv_bytes, cuda_ipc=cuda_ipc, **options
+    )

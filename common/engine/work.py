@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,13 +80,15 @@ class DeviceMemory(Protocol):
 
     What others write to that memory does not reach the steps until it is fetched, and what steps
     write does not reach others until it is saved. Slots count blocks of the memory given to attach.
+    A final block has a name, its key, which stands for its content; others have an empty one.
     """
 
-    async def fetch(self, slots: Sequence[int]) -> None:
-        """Others have written these: steps that begin from now on see it."""
+    async def fetch(self, named: Mapping[int, bytes]) -> int:
+        """Others have written these slots: steps that begin from now on see it. Returns how many
+        blocks came from the device's memory of another process."""
 
-    async def save(self, slots: Sequence[int]) -> None:
-        """Others see what the steps that have ended wrote to these."""
+    async def save(self, named: Mapping[int, bytes]) -> None:
+        """Others see what the steps that have ended wrote to these slots."""
 
     def forget(self, slots: Sequence[int]) -> None:
         """Nobody will ask for what steps wrote to these and was not saved. To be called before

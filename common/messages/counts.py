@@ -34,7 +34,9 @@ class WorkerCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
     where that is not known: work.Engine); `busy_s` from one step to the next, while there are any.
 
     A transfer is one message of blocks, there and back, between the worker and a store whose memory
-    it does not share; `num_transfers_failed` are not among the others.
+    it does not share; `num_transfers_failed` are not among the others. `num_device_blocks` were
+    copied into a device's memory at a handoff, `num_neighbour_blocks` of them from that of another
+    worker there.
     """
 
     num_steps: Total = 0
@@ -47,6 +49,8 @@ class WorkerCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
     transfer_bytes: Distribution = msgspec.field(default_factory=Distribution)
     transfer_s: Distribution = msgspec.field(default_factory=Distribution)
     num_transfers_failed: Total = 0
+    num_device_blocks: Total = 0
+    num_neighbour_blocks: Total = 0
 
     def step(self, num_tokens: int, step_s: float) -> None:
         """The engine has computed a step."""

@@ -33,6 +33,9 @@ class WorkerConfig:
     device_kv_bytes: int = setting(
         0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
     )
+    cuda_ipc: bool = setting(
+        True, "read KV in the GPU's memory of other workers there, not in the host's"
+    )
     quantization: str = setting(
         "none",
         "none; int8: smaller weights; w8a8_int8: activations too, faster where int8 products are",

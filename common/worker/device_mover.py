@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from common.engine.work import DeviceMemory
+from common.messages import WorkerCounts
 from common.worker.mover import Mover
 from common.worker.sequence import Piece
 
@@ -20,8 +21,14 @@ class DeviceMover:
     moves = True
 
     def __init__(
-        self, mover: Mover, device: DeviceMemory, first_slot: int, block_bytes: int
+        self,
+        mover: Mover,
+        device: DeviceMemory,
+        first_slot: int,
+        block_bytes: int,
+        counts: WorkerCounts,
     ) -> None:
+        self._counts = counts
         self._mover = mover
         self._device = device
         self._first_slot = first_slot
@@ -39,11 +46,11 @@ class DeviceMover:
 
     def forget(self, blocks: Sequence[int]) -> None:
         """See Mover."""
-        self._device.forget(self._slots(blocks))
+        self._device.forget([self._first_slot + block for block in blocks])
 
     async def push(self, handoff_id: str, epoch: int, pieces: Sequence[Piece]) -> None:
         """See Mover."""
-        await self._device.save(self._slots([piece.block for piece in pieces]))
+        await self._device.save(self._named(pieces))
         self._num_blocks_crossed += len(pieces)
         await self._mover.push(handoff_id, epoch, pieces)
 
@@ -57,9 +64,15 @@ class DeviceMover:
         """See Mover. What is no longer wanted is fetched in vain: a fetch that others have
         overtaken leaves no trace."""
         await self._mover.pull(handoff_id, epoch, pieces, is_wanted)
-        await self._device.fetch(self._slots([piece.block for piece in pieces]))
+        num_neighbours = await self._device.fetch(self._named(pieces))
+        self._counts.num_device_blocks += len(pieces)
+        self._counts.num_neighbour_blocks += num_neighbours
         self._num_blocks_crossed += len(pieces)
         return len(pieces)
 
-    def _slots(self, blocks: Sequence[int]) -> list[int]:
-        return [self._first_slot + block for block in blocks]
+    def _named(self, pieces: Sequence[Piece]) -> dict[int, bytes]:
+        """Slots, and the keys of those that are final."""
+        return {
+            self._first_slot + piece.block: piece.key if piece.is_own_key else b""
+            for piece in pieces
+        }

@@ -63,6 +63,7 @@ def _load_engine(config: WorkerConfig) -> Engine:
         Path(config.model),
         device=config.device,
         device_kv_bytes=config.device_kv_bytes,
+        cuda_ipc=config.cuda_ipc,
         dtype=config.dtype,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,

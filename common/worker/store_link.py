@@ -152,7 +152,9 @@ class StoreLink:
                 self._data, arena, layout.block_bytes, self._moving, self._seams.clock
             )
         if device is not None:
-            self.mover = DeviceMover(self.mover, device, first_slot, layout.block_bytes)
+            self.mover = DeviceMover(
+                self.mover, device, first_slot, layout.block_bytes, self._moving.counts
+            )
         self._is_ready = True
         self.tell()
 

@@ -25,7 +25,15 @@ PARTS = ("parity", "speed", "pair")
 LIMIT_S = 460.0  # of all parts together
 _ON_THE_CPU = tuple(
     f"tests/unit/test_{name}.py"
-    for name in ("attention", "residency", "device_memory", "decode_graphs", "engine_device")
+    for name in (
+        "attention",
+        "residency",
+        "device_memory",
+        "neighbours",
+        "cuda_ipc",
+        "decode_graphs",
+        "engine_device",
+    )
 )
 
 

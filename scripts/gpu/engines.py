@@ -104,7 +104,7 @@ def decode(
             if sampled is not None:
                 texts[index].append(sampled.token_id)
         if by_arena:
-            slots = [slot for table in places for slot in table]
-            follower_of(engine).save_sync(slots)
-            follower_of(engine).fetch_sync(slots)
+            unnamed = {slot: b"" for table in places for slot in table}
+            follower_of(engine).save_sync(unnamed)
+            follower_of(engine).fetch_sync(unnamed)
     return [text[length : length + num_tokens] for text, length in zip(texts, lengths, strict=True)]

@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from kvbaton import Client
 from scripts.gpu.parts import Result
 from scripts.make_model import make_model
-from tests.cluster.processes import running
+from tests.cluster.processes import Cluster, running
 
 VOCAB = 2048
 LENGTHS = (1, 60, 64, 200, 500, 900, 1300, 1700)
 NUM_TOKENS = 48
+HEARTBEATS_S = 3.0  # a few
+LEAST_NEIGHBOUR_SHARE = 0.5  # of blocks; the last of a prompt, if it is not full, has no name
 LEAST_EQUAL = 7  # a near tie in bfloat16 may fall the other way, where chunks differ
 MODES: dict[str, dict[str, Any]] = {
     "1 prefill + 1 decode": {},
@@ -59,11 +63,25 @@ def serve(
         answers = [answer(client, prompt)[0] for prompt in prompts]
         again, times = zip(*(answer(client, prompt) for prompt in prompts), strict=True)
         result.agree(f"{mode}: asked again", list(again), answers, LEAST_EQUAL)
+        if worker["device"] == "cuda" and "num_prefill" not in MODES[mode]:
+            share = neighbour_share(cluster)
+            result.aim("blocks from prefill's memory by CUDA IPC", share, LEAST_NEIGHBOUR_SHARE)
     first_ms = statistics.median(each[0] for each in times) * 1e3
     next_ms = statistics.median(each[1] for each in times) * 1e3
     text = f"first token {first_ms:.1f} ms, next {next_ms:.2f} ms"
     result.tell(f"{mode}: cached prompts", text, first_ms=first_ms, next_ms=next_ms)
     return answers
+
+
+def neighbour_share(cluster: Cluster) -> float:
+    """Of the blocks that decode copied to its memory, as far as it has told of them."""
+    time.sleep(HEARTBEATS_S)
+    counts = {"device": 0.0, "neighbour": 0.0}
+    for line in httpx.get(f"{cluster.base_url}/metrics").text.splitlines():
+        for name in counts:
+            if line.startswith(f"kvbaton_worker_{name}_blocks_total{{") and "decode" in line:
+                counts[name] += float(line.split()[-1])
+    return counts["neighbour"] / max(1.0, counts["device"])
 
 
 def answer(client: Client, prompt: list[int]) -> tuple[list[int], tuple[float, float]]:

@@ -4,14 +4,21 @@ time shows as a wrong token, or as a pool that fills up."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from common.engine.cuda.copies import address_of
-from common.engine.cuda.residency import Copies, PoolFullError, Residency, Step
+from common.engine.cuda.residency import (
+    NAME_WORDS,
+    Copies,
+    PoolFullError,
+    Residency,
+    Step,
+    words_of,
+)
 from common.engine.mock import MOCK_LAYOUT, MockEngine
 from common.engine.work import Sampled, Work
 
@@ -20,9 +27,13 @@ _COPY_S = 0.002
 
 
 class MockDevice:
-    """Implements work.DeviceMemory; copies take time, and bytes cross at the end of it."""
+    """Implements work.DeviceMemory; copies take time, and bytes cross at the end of it.
 
-    def __init__(self, arena: memoryview, num_blocks: int) -> None:
+    `neighbours` are all devices of one GPU, whose memory each of their workers can read."""
+
+    def __init__(
+        self, arena: memoryview, num_blocks: int, neighbours: list[MockDevice] | None = None
+    ) -> None:
         self.arena = np.frombuffer(arena, dtype=np.uint64).reshape(
             len(arena) // MOCK_LAYOUT.block_bytes, -1
         )
@@ -31,6 +42,10 @@ class MockDevice:
         self._memory = arena
         self._num_replaced = 0
         self._copying = asyncio.Lock()
+        self.neighbours = [] if neighbours is None else neighbours
+        self.neighbours.append(self)
+        self.num_from_neighbours = 0
+        self.num_lost = 0  # blocks that changed while they were copied
 
     async def begin_step(self, works: Sequence[Work]) -> Step:
         used = [-(-(work.start + work.num_tokens) // _SIZE) for work in works]
@@ -53,20 +68,43 @@ class MockDevice:
     def _copy_in(self, copies: Copies) -> None:
         self.pool[copies.blocks] = self.arena[copies.slots]
 
-    async def fetch(self, slots: Sequence[int]) -> None:
+    async def fetch(self, named: Mapping[int, bytes]) -> int:
         async with self._copying:
-            copies = self.residency.begin_fetch(slots)
+            copies = self.residency.begin_fetch(list(named))
             await asyncio.sleep(_COPY_S)
             self._copy_in(copies)
-            self.residency.end_fetch(copies)
+            num_from_neighbours = 0
+            for slot, block in zip(copies.slots.tolist(), copies.blocks.tolist(), strict=True):
+                num_from_neighbours += await self._copy_across(block, named[slot])
+            self.residency.end_fetch(copies, named)
+        self.num_from_neighbours += num_from_neighbours
+        return num_from_neighbours
 
-    async def save(self, slots: Sequence[int]) -> None:
+    async def _copy_across(self, block: int, name: bytes) -> bool:
+        """As neighbours.py does: copy, and then look whether that was still the block."""
+        for other in self.neighbours if name else ():
+            for theirs in range(len(other.pool)) if other is not self else ():
+                if other.is_named(theirs, name):
+                    names = other.residency.names[:, theirs].copy()
+                    await asyncio.sleep(_COPY_S)
+                    copied = other.pool[theirs].copy()
+                    if not np.array_equal(names, other.residency.names[:, theirs]):
+                        self.num_lost += 1
+                        return False
+                    self.pool[block] = copied
+                    return True
+        return False
+
+    def is_named(self, block: int, name: bytes) -> bool:
+        return bool(np.all(self.residency.names[:NAME_WORDS, block] == words_of(name)))
+
+    async def save(self, named: Mapping[int, bytes]) -> None:
         async with self._copying:
-            copies, num_replaced = self.residency.begin_save(slots), self._num_replaced
+            copies, num_replaced = self.residency.begin_save(list(named)), self._num_replaced
             await asyncio.sleep(_COPY_S)
             if num_replaced == self._num_replaced:
                 self.arena[copies.slots] = self.pool[copies.blocks]
-            self.residency.end_save(copies)
+            self.residency.end_save(copies, named)
 
     def forget(self, slots: Sequence[int]) -> None:
         self.residency.forget(slots)
@@ -81,16 +119,24 @@ class MockDevice:
 
 
 class DeviceMockEngine(MockEngine):
-    """Computes in a MockDevice of `num_blocks`, 0 for as many as the arena has."""
+    """Computes in a MockDevice of `num_blocks`, 0 for as many as the arena has; it joins the
+    `neighbours`."""
 
-    def __init__(self, step_s: float, token_s: float, num_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        step_s: float,
+        token_s: float,
+        num_blocks: int = 0,
+        neighbours: list[MockDevice] | None = None,
+    ) -> None:
         super().__init__(step_s, token_s)
         self.device: MockDevice | None = None
         self._num_blocks = num_blocks
+        self._neighbours = neighbours
 
     def attach(self, arena: memoryview) -> None:
         count = self._num_blocks or len(arena) // MOCK_LAYOUT.block_bytes
-        self.device = self.device_memory = MockDevice(arena, count)
+        self.device = self.device_memory = MockDevice(arena, count, self._neighbours)
         self._kv = self.device.pool.reshape(count + 1, _SIZE, -1)
 
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:

@@ -13,7 +13,7 @@ from common.worker.device_mover import DeviceMover
 from services.decode.worker import DecodeRole
 from tests.sim import scenario
 from tests.sim.cluster import Shape, SimCluster, output_of, simulate
-from tests.sim.device import DeviceMockEngine
+from tests.sim.device import DeviceMockEngine, MockDevice
 from tests.sim.test_cluster_in_memory import serve_at_random
 from tests.sim.world import World
 
@@ -27,11 +27,13 @@ SHAPES = {
 }
 
 
-def shape_of(name: str, num_blocks: int = 0) -> Shape:
-    """`num_blocks` in each worker's pool, or as many as its arena has."""
+def shape_of(name: str, num_blocks: int = 0, neighbours: list[MockDevice] | None = None) -> Shape:
+    """`num_blocks` in each worker's pool, or as many as its arena has. With `neighbours`, which is
+    empty, all are on one GPU."""
 
     def engine(config: WorkerConfig) -> Engine:
-        return DeviceMockEngine(config.mock_step_ms / 1000, config.mock_token_ms / 1000, num_blocks)
+        step_s, token_s = config.mock_step_ms / 1000, config.mock_token_ms / 1000
+        return DeviceMockEngine(step_s, token_s, num_blocks, neighbours)
 
     return Shape(engine=engine, **SHAPES[name])  # type: ignore[arg-type]
 
@@ -52,6 +54,20 @@ def test_tokens_are_right_and_nothing_stays_unsaved(name: str, num_blocks: int) 
             for engine in devices(cluster):
                 assert engine.device is not None
                 assert engine.device.residency.unsaved() == []
+
+    simulate(main())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_on_one_gpu_blocks_come_from_the_other_workers_memory(name: str) -> None:
+    async def main() -> None:
+        gpu: list[MockDevice] = []
+        async with SimCluster(World(1), shape_of(name, 24, gpu)) as cluster:
+            await serve_at_random(cluster, 25)
+            await cluster.settle()
+            num_told = sum(worker.counts().num_neighbour_blocks for worker in cluster.workers)
+            assert num_told == sum(device.num_from_neighbours for device in gpu)
+            assert (num_told > 0) is (name != "colocated" or len(cluster.workers) > 1)
 
     simulate(main())
 
@@ -97,8 +113,26 @@ def test_a_worker_that_leaves_hands_on_what_only_its_device_had() -> None:
 @pytest.mark.parametrize("mode", scenario.MODES)
 @pytest.mark.parametrize("seed", range(3))
 def test_under_faults(seed: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with_faults(seed, mode, None, monkeypatch)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("mode", scenario.MODES)
+def test_on_one_gpu_under_faults(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[MockDevice] = []
+    for seed in range(3):
+        gpu: list[MockDevice] = []
+        run_with_faults(seed, mode, gpu, monkeypatch)
+        devices += gpu
+    assert sum(device.num_from_neighbours for device in devices) > 0
+
+
+def run_with_faults(
+    seed: int, mode: str, gpu: list[MockDevice] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = scenario.draw(seed, mode)
-    plan.shape.engine = shape_of("shm").engine
-    monkeypatch.setattr(scenario, "draw", lambda *_: plan)
-    report = scenario.run_seed(seed, mode)
+    plan.shape.engine = shape_of("shm", neighbours=gpu).engine
+    with monkeypatch.context() as drawn:
+        drawn.setattr(scenario, "draw", lambda *_: plan)
+        report = scenario.run_seed(seed, mode)
     assert report.broken == [], report.line()

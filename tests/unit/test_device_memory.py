@@ -24,6 +24,10 @@ NUM_SLOTS = 12
 DIFFER = torch.arange(1, 1 + 2 * 2 * 2 * 2).view(2, 2, 2, 2).float()  # [layer, K or V, head, dim]
 
 
+def unnamed(slots: list[int]) -> dict[int, bytes]:
+    return dict.fromkeys(slots, b"")
+
+
 @dataclass(eq=False)
 class Held:
     """A sequence: what each of its positions holds, and where. `num_final` blocks are committed."""
@@ -76,7 +80,7 @@ class World:
             self.at(self.host, sequence.slots, position).copy_(DIFFER * sequence.values[-1])
         for slot in sequence.slots[: sequence.num_final]:
             self.readers[slot] = 1
-        self.follower.fetch_sync(sequence.slots)
+        self.follower.fetch_sync(unnamed(sequence.slots))
         self.held.append(sequence)
 
     def forked(self) -> None:
@@ -87,7 +91,7 @@ class World:
         shared = parent.slots[: parent.num_final]
         for slot in shared:
             self.readers[slot] += 1
-        self.follower.fetch_sync(shared)
+        self.follower.fetch_sync(unnamed(shared))
         values = parent.values[: len(shared) * SIZE]
         self.held.append(Held([*shared, *self.take(1)], values, parent.num_final))
 
@@ -143,7 +147,7 @@ class World:
         for sequence in self.held:
             full = len(sequence.values) // SIZE
             new = sequence.slots[sequence.num_final : full]
-            self.follower.save_sync(new)
+            self.follower.save_sync(unnamed(new))
             for slot in new:
                 self.readers[slot] = 1
             sequence.num_final = full
@@ -155,7 +159,7 @@ class World:
             return
         sequence = self.held.pop(self.rng.randrange(len(self.held)))
         if self.rng.random() < 0.5:
-            self.follower.save_sync(sequence.slots)
+            self.follower.save_sync(unnamed(sequence.slots))
             self.check_arena(sequence, len(sequence.values))
         self.follower.forget(sequence.slots)
         for slot in sequence.slots[: sequence.num_final]:
@@ -191,9 +195,9 @@ async def test_copies_run_on_a_thread_of_their_own() -> None:
     world = World(4, random.Random(0))
     world.handed_over()
     (sequence,) = world.held
-    await world.follower.fetch(sequence.slots)
+    await world.follower.fetch(unnamed(sequence.slots))
     world.run([(sequence, 1)])
-    await world.follower.save(sequence.slots)
+    await world.follower.save(unnamed(sequence.slots))
     world.check_arena(sequence, len(sequence.values))
     world.follower.close()
 
@@ -214,7 +218,7 @@ def test_memory_that_is_mapped_elsewhere_is_read_anew() -> None:
     world = World(4, random.Random(0))
     sequence = Held([2], [7.0])
     world.at(world.host, sequence.slots, 0).copy_(DIFFER * 7)
-    world.follower.fetch_sync([2])
+    world.follower.fetch_sync(unnamed([2]))
     with world.follower.replacing(world.arena[2 * LAYOUT.block_bytes :]):
         world.host.blocks[2].mul_(2)
     sequence.values[0] = 14.0

@@ -19,8 +19,10 @@ from common.engine.loading import load_engine
 from common.engine.runner import TorchEngine
 from common.engine.sampler import NumericalError
 from common.engine.work import Sampled, Work
+from common.kv.hashing import KEY_BYTES
 from kvbaton.sampling import SamplingParams
 from tests.unit.engine_models import GREEDY, NUM_BLOCKS, build, make_engine, random_tokens, whole
+from tests.unit.test_neighbours import HostSharing
 
 
 def make_device_engine(folder: Path, num_blocks: int = 0, **options: Any) -> DeviceEngine:
@@ -65,6 +67,37 @@ def test_it_computes_what_the_engine_in_the_arena_computes(family: str, tmp_path
     assert run(device) == run(plain)
     plain.close()
     device.close()
+
+
+def test_one_goes_on_from_what_the_other_has_on_the_same_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path)
+    monkeypatch.setattr("common.engine.cuda.memory.default_folder", lambda: tmp_path / "pools")
+    monkeypatch.setattr(DeviceEngine, "_sharing", lambda _: HostSharing())
+    alone = make_device_engine(tmp_path)
+    block_bytes, size = alone.info.layout.block_bytes, alone.info.layout.block_size
+    arena = memoryview(bytearray(NUM_BLOCKS * block_bytes))
+    prefill, decode = (DeviceEngine(tmp_path, device="cpu") for _ in range(2))
+    prefill.attach(arena)
+    decode.attach(arena)
+    text = random_tokens(random.Random(2), 3 * size)
+    named = {slot: bytes([slot]) * KEY_BYTES for slot in (1, 2, 3)}
+    assert prefill._follower is not None
+    assert decode._follower is not None
+
+    (first,) = prefill.step_sync([whole(text, [1, 2, 3])])
+    prefill._follower.save_sync(named)
+    arena[:] = b"\xff" * len(arena)  # NaN: none of it is read
+    assert decode._follower.fetch_sync(named) == 3
+    assert first is not None
+    after = [*text, first.token_id]
+    (second,) = decode.step_sync([whole(after, [1, 2, 3, 4], len(text))])
+
+    assert alone.step_sync([whole(text, [1, 2, 3])]) == [first]
+    assert alone.step_sync([whole(after, [1, 2, 3, 4], len(text))]) == [second]
+    for engine in (alone, prefill, decode):
+        engine.close()
 
 
 def test_a_step_that_does_not_fit_the_pool_is_run_in_parts(tmp_path: Path) -> None:
@@ -142,6 +175,7 @@ def test_layers_are_fused_on_a_gpu_alone() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler does not quote its own path")
 @pytest.mark.filterwarnings("ignore")
 def test_fused_layers_round_a_little_less() -> None:
     torch.manual_seed(0)

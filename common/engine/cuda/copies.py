@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from common.engine.cuda.residency import Copies
+from common.engine.cuda.residency import Copies, IntArray
 from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.kv.layout import KvLayout
 
@@ -19,24 +19,22 @@ log = structlog.get_logger()
 
 class DevicePool(KvCache):
     """KV in device memory: `blocks` as in KvCache, laid out so that one layer's keys are one run of
-    rows, as attention kernels want them (attention/xformers.py).
+    rows, as attention kernels want them (attention/xformers.py)."""
 
-    It begins as zeros: what attention reads beyond a sequence's end, and masks, is never NaN.
-    """
-
-    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, memory: Tensor) -> None:
+        """A pool in all of `memory` [bytes] in uint8."""
         self.layout = layout
-        pool = torch.zeros(
-            layout.num_layers,
-            2,
-            num_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-            dtype=TORCH_DTYPES[layout.dtype],
-            device=device,
+        self.memory = memory
+        pool = memory.view(TORCH_DTYPES[layout.dtype]).view(
+            layout.num_layers, 2, -1, layout.block_size, layout.num_kv_heads, layout.head_dim
         )
         self.blocks = pool.permute(2, 0, 1, 4, 3, 5)
+
+    @classmethod
+    def of_zeros(cls, layout: KvLayout, num_blocks: int, device: torch.device) -> DevicePool:
+        """So what attention reads beyond a sequence's end, and masks, is never NaN."""
+        num_bytes = num_blocks * layout.block_bytes
+        return cls(layout, torch.zeros(num_bytes, dtype=torch.uint8, device=device))
 
 
 class Copier:
@@ -57,6 +55,13 @@ class Copier:
             for slot, block in zip(copies.slots, copies.blocks, strict=True):
                 crossed = self._arena[slot].to(self._pool.device, non_blocking=True)
                 self._pool[block].copy_(crossed)
+        _wait(self._in)
+
+    def copy_across(self, other: Tensor, theirs: IntArray, ours: IntArray) -> None:
+        """Blocks `theirs` of another pool on the device to `ours` of this one."""
+        with _on(self._in):
+            for source, target in zip(theirs, ours, strict=True):
+                self._pool[target].copy_(other[source], non_blocking=True)
         _wait(self._in)
 
     def copy_out(self, copies: Copies) -> None:

@@ -19,8 +19,10 @@ from common.engine.attention.xformers import XformersAttention
 from common.engine.config import ModelError
 from common.engine.cuda.buckets import fits_a_graph
 from common.engine.cuda.graphs import CudaCapture, DecodeGraphs
+from common.engine.cuda.ipc import CudaIpc, SharingError
 from common.engine.cuda.layers import make_device_layers
 from common.engine.cuda.memory import ArenaFollower
+from common.engine.cuda.neighbours import Sharing
 from common.engine.cuda.residency import IntArray, PoolFullError, Step
 from common.engine.model import Model, ModelPlan, StepInput
 from common.engine.runner import TorchEngine
@@ -37,9 +39,13 @@ class DeviceEngine(TorchEngine):
 
     model: Model
 
-    def __init__(self, model_dir: Path, *, device_kv_bytes: int = 0, **options: Any) -> None:
+    def __init__(
+        self, model_dir: Path, *, device_kv_bytes: int = 0, cuda_ipc: bool = True, **options: Any
+    ) -> None:
         """See TorchEngine. `device_kv_bytes` is the most that the pool may take; 0 means as much as
-        the arena has, if it is free."""
+        the arena has, if it is free. With `cuda_ipc` what another process on the same GPU has in
+        its memory is read there."""
+        self._cuda_ipc = cuda_ipc
         self._device_kv_bytes = device_kv_bytes
         self._follower: ArenaFollower | None = None
         self._graphs: DecodeGraphs | None = None
@@ -54,7 +60,8 @@ class DeviceEngine(TorchEngine):
         """Make the pool that follows `arena`. Raises ValueError unless that is whole blocks, and
         ModelError where the device has no room."""
         num_blocks = self._num_blocks(len(arena) // self.info.layout.block_bytes)
-        follower = ArenaFollower(self.info.layout, arena, num_blocks, self._device)
+        sharing = self._sharing()
+        follower = ArenaFollower(self.info.layout, arena, num_blocks, self._device, sharing)
         log.info("device_pool", device=str(self._device), num_blocks=num_blocks)
         self._follower = self.device_memory = follower
         self._cache = follower.pool
@@ -117,6 +124,15 @@ class DeviceEngine(TorchEngine):
                     raise
                 log.warning("xformers_unavailable", reason=str(error), using="torch, slower")
         return GatheredAttention(shape, self._device)
+
+    def _sharing(self) -> Sharing | None:
+        if self._device.type != "cuda" or not self._cuda_ipc:
+            return None
+        try:
+            return CudaIpc(self._device)
+        except SharingError as error:
+            log.warning("pool_not_shared", reason=str(error), using="the arena")
+            return None
 
     def _num_blocks(self, num_slots: int) -> int:
         """Blocks of the pool for an arena of `num_slots`."""

@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
+import structlog
 import torch
 
 from common.engine.cuda.copies import Copier, DevicePool, PinnedPages, address_of
-from common.engine.cuda.residency import IntArray, PoolFullError, Residency, Step
+from common.engine.cuda.ipc import SharingError
+from common.engine.cuda.neighbours import Neighbours, Sharing
+from common.engine.cuda.notices import default_folder
+from common.engine.cuda.residency import Copies, IntArray, PoolFullError, Residency, Step
 from common.engine.kv_cache import KvCache
 from common.kv.layout import KvLayout
 
+log = structlog.get_logger()
+
+_NOTHING = np.zeros(0, dtype=np.int64)
+
 
 class ArenaFollower:
-    """Implements work.DeviceMemory. `pool` is what steps read and write.
+    """Implements work.DeviceMemory. `pool` is what steps read and write. With `sharing` other
+    processes on the device copy from it, and this one from theirs.
 
     Decisions are taken under a lock, copies are made without it: fetches and saves on a thread of
     their own, beside the steps.
     """
 
     def __init__(
-        self, layout: KvLayout, arena: memoryview, num_blocks: int, device: torch.device
+        self,
+        layout: KvLayout,
+        arena: memoryview,
+        num_blocks: int,
+        device: torch.device,
+        sharing: Sharing | None = None,
     ) -> None:
         """`num_blocks` blocks in the pool, and the spare one. Raises ValueError as KvCache does."""
         host = KvCache(layout, arena)
         self._arena = arena
         self._block_bytes = layout.block_bytes
-        self.pool = DevicePool(layout, num_blocks + 1, device)
+        self.pool = DevicePool.of_zeros(layout, num_blocks + 1, device)
         self.num_slots = host.num_blocks
         self._size = layout.block_size
-        self._residency = Residency(host.num_blocks, num_blocks + 1)
         self._copier = Copier(host.blocks, self.pool.blocks)
         self._pages = PinnedPages(device)
         self._deciding = threading.Lock()
@@ -42,6 +56,17 @@ class ArenaFollower:
             threading.Lock()
         )  # while what nobody asked for is saved, none forgets it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copies")
+        neighbours = self._neighbours = self._join(sharing) if sharing else None
+        names = neighbours.names if neighbours else None
+        self._residency = Residency(host.num_blocks, num_blocks + 1, names)
+
+    def _join(self, sharing: Sharing) -> Neighbours | None:
+        """None where the pool cannot be shared."""
+        try:
+            return Neighbours(default_folder(), self.pool, sharing, self._copying)
+        except (SharingError, OSError) as error:
+            log.warning("pool_not_shared", reason=str(error), using="the arena")
+            return None
 
     # ---- for the steps ------------------------------------------------------------------------
 
@@ -52,7 +77,9 @@ class ArenaFollower:
                 step = self._residency.begin_step(tables, starts, ends, self._size)
         except PoolFullError:
             with self._making_room:
-                self.save_sync(self._residency.unsaved())  # after the copies under way
+                self.save_sync(
+                    dict.fromkeys(self._residency.unsaved(), b"")
+                )  # after the copies under way
             with self._deciding:
                 step = self._residency.begin_step(tables, starts, ends, self._size)
         try:
@@ -71,31 +98,40 @@ class ArenaFollower:
 
     # ---- for the worker -----------------------------------------------------------------------
 
-    async def fetch(self, slots: Sequence[int]) -> None:
+    async def fetch(self, named: Mapping[int, bytes]) -> int:
         """See work.DeviceMemory."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.fetch_sync, slots)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.fetch_sync, named)
 
-    async def save(self, slots: Sequence[int]) -> None:
+    async def save(self, named: Mapping[int, bytes]) -> None:
         """See work.DeviceMemory."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.save_sync, slots)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.save_sync, named)
 
-    def fetch_sync(self, slots: Sequence[int]) -> None:
+    def fetch_sync(self, named: Mapping[int, bytes]) -> int:
         """fetch on the caller's thread."""
         with self._copying:
             with self._deciding:
-                copies = self._residency.begin_fetch(slots)
-            self._copier.copy_in(copies)
+                copies = self._residency.begin_fetch(list(named))
+            done = self._copy_across(copies, named)
+            self._copier.copy_in(copies.without(done))
             with self._deciding:
-                self._residency.end_fetch(copies)
+                self._residency.end_fetch(copies, named)
+        return len(done)
 
-    def save_sync(self, slots: Sequence[int]) -> None:
+    def _copy_across(self, copies: Copies, named: Mapping[int, bytes]) -> IntArray:
+        """The places in `copies` that neighbours had."""
+        if self._neighbours is None:
+            return _NOTHING
+        return self._neighbours.copy(copies, named, self._copier)
+
+    def save_sync(self, named: Mapping[int, bytes]) -> None:
         """save on the caller's thread."""
         with self._copying:
             with self._deciding:
-                copies = self._residency.begin_save(slots)
+                copies = self._residency.begin_save(list(named))
             self._copier.copy_out(copies)
             with self._deciding:
-                self._residency.end_save(copies)
+                self._residency.end_save(copies, named)
 
     def forget(self, slots: Sequence[int]) -> None:
         """See work.DeviceMemory."""
@@ -118,4 +154,6 @@ class ArenaFollower:
     def close(self) -> None:
         """Wait for the copies under way and let go of the arena's pages."""
         self._thread.shutdown()
+        if self._neighbours is not None:
+            self._neighbours.close()
         self._pages.release_all()

@@ -11,12 +11,15 @@ Pure: the shell (memory.py) copies, and tells here when copies and steps begin a
   began with, and a fetch that was overtaken leaves no trace. What is unsaved is never replaced:
   only one process writes a slot at a time, so it is newer.
 - Block 0 belongs to nobody: rows that fill up a batch write and read it.
+- A block that is as the arena has it may have a name, which tells its content (neighbours.py). It
+  has none any more before anything writes over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,17 @@ SPARE_BLOCK = 0
 _NONE = -1
 _ONE = np.int32(1)  # of the array's own type: ufunc.at takes twenty times as long for another
 
+NAME_WORDS = 4  # of 64 bits: a block's key (common/kv/hashing.py)
+NAME_ROWS = NAME_WORDS + 1
+UNNAMED: Mapping[int, bytes] = MappingProxyType({})
+
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
+NameArray = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
+
+
+def words_of(name: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """[NAME_WORDS]; zeros for no name."""
+    return np.frombuffer(name or bytes(8 * NAME_WORDS), dtype=np.uint64)
 
 
 class PoolFullError(Exception):
@@ -46,6 +59,12 @@ class Copies:
     blocks: IntArray
     versions: IntArray
 
+    def without(self, places: IntArray) -> Copies:
+        """All but those at these places."""
+        return Copies(
+            *(np.delete(each, places) for each in (self.slots, self.blocks, self.versions))
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -58,10 +77,14 @@ class Step:
 
 
 class Residency:
-    """Decisions for a pool of `num_blocks`, the spare one included, and an arena of `num_slots`."""
+    """Decisions for a pool of `num_blocks`, the spare one included, and an arena of `num_slots`.
 
-    def __init__(self, num_slots: int, num_blocks: int) -> None:
+    `names` [NAME_ROWS, num_blocks] are those of the pool's blocks, zeros where there is none, and
+    last how often each block has lost one; `named` gives the names of slots that are final."""
+
+    def __init__(self, num_slots: int, num_blocks: int, names: NameArray | None = None) -> None:
         self.num_blocks = num_blocks
+        self.names = np.zeros((NAME_ROWS, num_blocks), np.uint64) if names is None else names
         self._block_of = np.full(num_slots, _NONE, dtype=np.int32)
         self._is_unsaved = np.zeros(num_slots, dtype=np.bool_)
         self._version = np.zeros(num_slots, dtype=np.int64)  # raised by whatever changes the slot
@@ -102,6 +125,7 @@ class Residency:
         self._num_uses[new] += 1
         self._put(missing, new)
         written = tables[is_written]
+        self._unname(self._block_of[written])
         self._is_unsaved[written] = True
         self._version[written] += 1
         self._touch(slots)
@@ -130,10 +154,13 @@ class Residency:
         self._num_uses[copies.blocks] += 1
         return copies
 
-    def end_save(self, copies: Copies) -> None:
+    def end_save(self, copies: Copies, named: Mapping[int, bytes] = UNNAMED) -> None:
         """It is in the arena."""
-        unchanged = copies.slots[self._version[copies.slots] == copies.versions]
+        is_unchanged = self._version[copies.slots] == copies.versions
+        unchanged = copies.slots[is_unchanged]
         self._is_unsaved[unchanged] = False
+        is_there = self._block_of[unchanged] == copies.blocks[is_unchanged]
+        self._name(unchanged[is_there], named)
         self._release(copies.blocks)
 
     def forget(self, slots: Sequence[int]) -> None:
@@ -159,13 +186,14 @@ class Residency:
         self._vacate(wanted[len(fitting) :])
         return Copies(fitting, self._take(len(fitting)), self._version[fitting])
 
-    def end_fetch(self, copies: Copies) -> None:
+    def end_fetch(self, copies: Copies, named: Mapping[int, bytes] = UNNAMED) -> None:
         """It is in the pool."""
         is_current = self._version[copies.slots] == copies.versions
         self._free.extend(copies.blocks[~is_current].tolist())
         slots = copies.slots[is_current]
         self._vacate(slots)
         self._put(slots, copies.blocks[is_current])
+        self._name(slots, named)
         self._touch(slots)
 
     # ---- blocks of the pool -------------------------------------------------------------------
@@ -181,10 +209,19 @@ class Residency:
         self._block_of[slots] = blocks
         self._slot_of[blocks] = slots
 
+    def _name(self, slots: IntArray, named: Mapping[int, bytes]) -> None:
+        for slot, block in zip(slots.tolist(), self._block_of[slots].tolist(), strict=True):
+            self.names[:NAME_WORDS, block] = words_of(named.get(slot, b""))
+
+    def _unname(self, blocks: IntArray) -> None:
+        self.names[:NAME_WORDS, blocks] = 0
+        self.names[NAME_WORDS, blocks] += np.uint64(1)
+
     def _vacate(self, slots: IntArray) -> None:
         """These slots have no block any more; one that is used is free when its use ends."""
         slots = slots[self._block_of[slots] != _NONE]
         blocks = self._block_of[slots]
+        self._unname(blocks)
         self._block_of[slots] = self._slot_of[blocks] = _NONE
         self._is_unsaved[slots] = False
         self._free.extend(blocks[self._num_uses[blocks] == 0].tolist())
