@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from common.engine.kv_cache import TORCH_DTYPES, KvCache
 from common.engine.model import Forward, ModelPlan, StepInput
 from common.engine.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
 from common.engine.sampler import sample, score
+from common.engine.step_thread import StepThread
 from common.engine.weights import Checkpoint, fingerprint
 from common.engine.work import DeviceMemory, ModelInfo, Sampled, Work
 from common.kv.layout import KvLayout
@@ -109,9 +111,7 @@ class TorchEngine:
         self._grammars = Grammars(model_dir, config.eos_token_ids)
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._cache: KvCache | None = None
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="engine", initializer=torch.set_num_threads, initargs=(threads,)
-        )
+        self._thread = StepThread("engine", partial(torch.set_num_threads, threads))
 
     def _choose_device(self, device: str, attention: str) -> torch.device:
         if device not in ("auto", "cpu"):
@@ -135,7 +135,7 @@ class TorchEngine:
 
     async def step(self, works: Sequence[Work]) -> list[Sampled | None]:
         """step_sync on the engine's thread; one step at a time, exceptions come back here."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.step_sync, works)
+        return await self._thread.run(self.step_sync, works)
 
     def step_sync(self, works: Sequence[Work]) -> list[Sampled | None]:
         """Run one step: see work.Engine. Raises sampler.NumericalError on logits that are NaN."""
@@ -148,7 +148,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Wait for the step that runs, stop the thread and let go of the arena."""
-        self._thread.shutdown()
+        self._thread.close()
         self._compiler.shutdown(cancel_futures=True)
         self._cache = None
 
@@ -195,38 +195,38 @@ class TorchEngine:
     def _prepare(self, works: Sequence[Work], num_blocks: int) -> tuple[StepInput, Batch]:
         """Index tensors of a step, built over all works at once."""
         size = self.info.layout.block_size
-        counts = np.array([work.num_tokens for work in works])
-        starts = np.array([work.start for work in works])
-        ends = starts + counts
-        used = -(-ends // size)
-        self._check(works, ends, used)
-        row_starts = np.concatenate(([0], np.cumsum(counts)))
-        tables: Int32Array = np.zeros((len(works), int(used.max())), dtype=np.int32)
-        for row, work, blocks in zip(tables, works, used, strict=True):
-            row[:blocks] = work.slots[:blocks]
+        used = [-(-work.end // size) for work in works]
+        self._check(works, used)
+        tables: Int32Array = np.zeros((len(works), max(used)), dtype=np.int32)
+        for row, work, num_used in zip(tables, works, used, strict=True):
+            row[:num_used] = work.slots[:num_used]
         assert tables.min() >= 0
         assert tables.max() < num_blocks
-        tables = self._locate(tables, starts, ends)
-        total = int(row_starts[-1])
-        rows = self.model.num_rows(total)
-        tokens = np.zeros(rows, dtype=np.int64)
-        for begin, work in zip(row_starts, works, strict=False):
-            end = work.start + work.num_tokens
-            tokens[begin : begin + work.num_tokens] = work.tokens[work.start : end]
-        owners = np.repeat(np.arange(len(works)), counts)
-        positions = np.zeros(rows, dtype=np.int64)
-        positions[:total] = np.arange(total) + (starts - row_starts[:-1])[owners]
-        blocks = tables[owners, positions[:total] // size].astype(np.int64)
-        last_rows = row_starts[1:][[work.sample for work in works]] - 1
+        starts = np.array([work.start for work in works])
+        counts = np.array([work.num_tokens for work in works])
+        tables = self._locate(tables, starts, starts + counts)
+        row_starts = [0]
+        tokens: list[int] = []
+        positions: list[int] = []
+        for work in works:
+            tokens += work.tokens[work.start : work.end]
+            positions += range(work.start, work.end)
+            row_starts.append(len(positions))
+        total = len(positions)
+        padding = [0] * (self.model.num_rows(total) - total)
+        owners, places = np.repeat(np.arange(len(works)), counts), np.array(positions)
+        last_rows = [
+            end - 1 for end, work in zip(row_starts[1:], works, strict=True) if work.sample
+        ]
         step = StepInput(
             num_tokens=total,
-            tokens=torch.from_numpy(tokens),
-            positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(blocks),
-            offsets=torch.from_numpy(positions[:total] % size),
-            sample_rows=torch.from_numpy(last_rows),
+            tokens=_tensor(tokens + padding),
+            positions=_tensor(positions + padding),
+            slots=torch.from_numpy(tables[owners, places // size].astype(np.int64)),
+            offsets=torch.from_numpy(places % size),
+            sample_rows=_tensor(last_rows),
         )
-        return step, Batch(row_starts.astype(np.int32), starts.astype(np.int32), tables)
+        return step, Batch(np.array(row_starts, np.int32), starts.astype(np.int32), tables)
 
     def _locate(
         self,
@@ -237,13 +237,18 @@ class TorchEngine:
         """Where the blocks in these tables are for the step: where the arena has them."""
         return tables
 
-    def _check(self, works: Sequence[Work], ends: np.ndarray, used: np.ndarray) -> None:
+    def _check(self, works: Sequence[Work], used: Sequence[int]) -> None:
         """Invariants of the scheduler: a violation is a defect there, not a bad request."""
-        for work, end, blocks in zip(works, ends, used, strict=True):
+        for work, num_used in zip(works, used, strict=True):
             assert work.num_tokens > 0
-            assert 0 <= work.start < end <= min(len(work.tokens), self.info.max_model_len)
-            assert len(work.slots) >= blocks
-            assert not work.sample or end == len(work.tokens)
+            assert 0 <= work.start < work.end <= min(len(work.tokens), self.info.max_model_len)
+            assert len(work.slots) >= num_used
+            assert not work.sample or work.end == len(work.tokens)
+
+
+def _tensor(numbers: list[int]) -> torch.Tensor:
+    """In int64; sooner than by torch.tensor."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
 def _check_settings(threads: int, block_size: int | None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -47,17 +48,17 @@ def sample(
     grammar cannot be followed: its `error` says so. Raises NumericalError where a row's largest
     logit is NaN or infinite.
     """
-    best = logits.argmax(axis=1)  # the first NaN, where there is one
-    check_finite(logits[np.arange(len(best)), best])
+    best = logits.argmax(axis=1).tolist()  # the first NaN, where there is one
+    check_finite(row[token] for row, token in zip(logits, best, strict=True))
     return [
-        Sampled(int(token), 0.0) if is_plain(work) else _try_row(row, work, eos, grammars)
+        Sampled(token, 0.0) if is_plain(work) else _try_row(row, work, eos, grammars)
         for row, work, token in zip(logits, works, best, strict=True)
     ]
 
 
-def check_finite(largest: Float32Array) -> None:
+def check_finite(largest: Iterable[float]) -> None:
     """Raises NumericalError unless each row's largest logit is a number."""
-    if not np.isfinite(largest).all():
+    if not all(map(math.isfinite, largest)):
         raise NumericalError("the model's logits are not finite: check the weights and the KV")
 
 

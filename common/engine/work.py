@@ -56,10 +56,14 @@ class Work:
     error: KvbatonError | None = None
 
     @property
+    def end(self) -> int:
+        """The position after the last that is computed now."""
+        return self.start + self.num_tokens
+
+    @property
     def num_scored(self) -> int:
         """How many positions computed now have a token of the prompt after them."""
-        end = min(self.start + self.num_tokens, self.num_prompt_tokens - 1)
-        return max(0, end - self.start)
+        return max(0, min(self.end, self.num_prompt_tokens - 1) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
