@@ -14,6 +14,7 @@ from pathlib import Path
 
 # A case is a module of this package with add_options(parser) and run(options) -> Report.
 CASES = {
+    "alternate": "servers of ours that all run, one under load at a time: for noisy machines",
     "colocated": "how to use all cores of a small machine",
     "compare": "several servers under the same load, vLLM and llama.cpp among them; goodput",
     "engine": "decode steps and prefill against what memory and arithmetic allow",

@@ -79,8 +79,8 @@ class Trial:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Loads and targets."""
+    add_open_options(parser)
     add = parser.add_argument
-    add("--mix", default="512/64", help="PROMPT/OUTPUT[/SHARED] tokens, or trace (default: 512/64)")
     add(
         "--closed",
         type=int,
@@ -97,14 +97,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N requests at the same moment; shows decode steps of N",
     )
-    add("--rate", type=float, nargs="+", default=[], metavar="R", help="R requests a second")
     add("--goodput", action="store_true", help="find the highest rate within both targets")
+    add("--closed-requests", type=int, default=24, metavar="N", help="of each other load")
+    add("--precision", type=float, default=0.08, help="of the goodput (default: 0.08)")
+
+
+def add_open_options(parser: argparse.ArgumentParser) -> None:
+    """Loads at rates, and targets."""
+    add = parser.add_argument
+    add("--mix", default="512/64", help="PROMPT/OUTPUT[/SHARED] tokens, or trace (default: 512/64)")
+    add("--rate", type=float, nargs="+", default=[], metavar="R", help="R requests a second")
     add("--ttft", default="2", metavar="S", help="target in s, or such as 3x: times the unloaded")
     add("--tpot", type=float, default=0.04, metavar="S", help="target in s (default: 0.04)")
     add("--attain", type=float, default=0.9, metavar="SHARE", help="to meet both (default: 0.9)")
     add("--requests", type=int, default=100, metavar="N", help="of each open load (default: 100)")
-    add("--closed-requests", type=int, default=24, metavar="N", help="of each other one")
-    add("--precision", type=float, default=0.08, help="of the goodput (default: 0.08)")
     add("--load-cores", metavar="CORES", help="of the load generator (default: any)")
 
 
@@ -146,6 +152,23 @@ class Trials:
     def run(self, start: float | None = None) -> None:
         """All of it. `start`: where to look for the goodput first."""
         plan, trial = self._plan, self.trial
+        alone = self.begin()
+        for clients in plan.bursts:
+            count = -(-max(plan.num_closed, clients) // clients) * clients
+            self._keep(
+                self._load(f"burst of {clients}", clients=clients, count=count, is_burst=True)
+            )
+        for rate in plan.rates:
+            self.open(rate, plan.seed)
+        if plan.is_goodput and alone.meets(self._targets):
+            trial.goodput = self._goodput(start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s)
+        elif plan.is_goodput:
+            trial.goodput = 0.0  # what is missed alone is missed at any rate
+        trial.is_whole = True
+
+    def begin(self) -> Load:
+        """Warm up, some at once, and what follows from the one alone, which is returned."""
+        plan, trial = self._plan, self.trial
         self._load("warm up", clients=2, count=_WARM_UP)
         for clients in plan.closed:
             title = "alone" if clients == 1 else f"{clients} at once"
@@ -155,23 +178,20 @@ class Trials:
             alone = self._load("alone", clients=1, count=_WARM_UP)
         trial.unloaded_ttft_s = alone.percentiles("ttft_s")[0]
         trial.targets = self._fixed or plan.targets(trial.unloaded_ttft_s)
-        for clients in plan.bursts:
-            count = -(-max(plan.num_closed, clients) // clients) * clients
-            self._keep(
-                self._load(f"burst of {clients}", clients=clients, count=count, is_burst=True)
-            )
-        for rate in plan.rates:
-            self._keep(self._open(rate, plan.seed))
-        if plan.is_goodput and alone.meets(trial.targets):
-            trial.goodput = self._goodput(start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s)
-        elif plan.is_goodput:
-            trial.goodput = 0.0  # what is missed alone is missed at any rate
-        trial.is_whole = True
+        return alone
+
+    def open(self, rate: float, seed: int) -> Load:
+        """So many requests a second; `seed` fixes when they come."""
+        return self._keep(self._open(rate, seed))
+
+    @property
+    def _targets(self) -> Targets:
+        assert self.trial.targets is not None, "begin first"
+        return self.trial.targets
 
     def _goodput(self, start: float) -> float:
         """Found by bisection, then met once more by arrivals of another pattern."""
-        plan, targets = self._plan, self.trial.targets
-        assert targets is not None
+        plan, targets = self._plan, self._targets
         seeds = iter(range(plan.seed + 1, plan.seed + 1000))
 
         def meets(rate: float) -> bool:
