@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts.benchmarks import compare, engines, targets, trials
+from scripts.benchmarks import alternate, compare, engines, targets, trials
 from scripts.benchmarks.attainment import Outcome
 from scripts.benchmarks.clusters import busy_of
 from scripts.benchmarks.load_generator import End, LoadSpec
@@ -49,10 +50,10 @@ def test_each_round_is_written_as_it_ends(tmp_path: Path, ends_after: int, is_wh
     assert [each.name for each in tmp_path.iterdir()] == ["found.json"] * (ends_after > 0)
 
 
-def _options(*given: str) -> argparse.Namespace:
+def _options(*given: str, case: Any = compare) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    compare.add_options(parser)
+    case.add_options(parser)
     return parser.parse_args(["--model", str(engines.DEMO), *given])
 
 
@@ -97,6 +98,48 @@ def test_what_was_compared_before_it_was_ended_is_told(
     assert len(lines) == 7
     assert lines[1].startswith("one, round 1 of 3: alone: 3 of 3, 1.50 a second, TTFT 2000 ms")
     assert lines[4].startswith("other, round 2 of 3: warm up")
+
+
+def test_servers_alternate_under_the_same_arrivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[str] = []
+    loads: list[tuple[str, str, int]] = []
+
+    @contextmanager
+    def server(name: str, _setting: object) -> Iterator[Server]:
+        running.append(name)
+        yield Server(name, "demo")
+        running.remove(name)
+
+    def run_load(title: str, spec: LoadSpec, server: Server, _cores: object) -> Load:
+        if spec.rate:
+            assert running == ["one", "other"]
+        loads.append((server.url, title, spec.seed))
+        late = server.url == "other" and spec.rate == 2
+        outcome = Outcome(0, ttft_s=9.0 if late else 0.1, tpot_s=0.01)
+        return Load(title, spec, [outcome] * spec.count, seconds=2.0)
+
+    monkeypatch.setattr(targets, "server", server)
+    monkeypatch.setattr(trials, "run_load", run_load)
+    report = alternate.run(
+        _options("one", "other", "--rate", "1", "2", "--rounds", "2", case=alternate)
+    )
+    assert running == []
+    seed = loads[0][2]
+    rates = [("1 a second", 0), ("2 a second", 0), ("1 a second", 1), ("2 a second", 1)]
+    turns = [("one", "other")] * 2 + [("other", "one")] * 2  # none is always the first
+    assert loads[4:] == [
+        (name, title, seed + more)
+        for (title, more), names in zip(rates, turns, strict=True)
+        for name in names
+    ]
+    within = {name: [each["attainment"] for each in loads] for name, loads in report.figures.items()}
+    assert within == {
+        "one, 1 a second": [1, 1],
+        "other, 1 a second": [1, 1],
+        "one, 2 a second": [1, 1],
+        "other, 2 a second": [0, 0],
+    }
+    report.show()
 
 
 def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
