@@ -16,12 +16,14 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 class StepTimes(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """A step takes base_ms + token_ms for each token it computes + context_ms for each position
-    that one of them attends to. `max_tokens`: the most that a step computes, 0 for any number."""
+    that one of them attends to. `max_tokens`: the most that a step computes, 0 for any number.
+    `full_tokens`: prompts join a step that has fewer, 0 for as many as it has room for."""
 
     base_ms: Amount = 0.0
     token_ms: Amount = 0.0
     context_ms: Amount = 0.0
     max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
+    full_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
 
     def step_s(self, num_tokens: int, context: float) -> float:
         """One step over so many tokens, which attend to `context` positions in all."""
@@ -34,6 +36,14 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     def num_steps(self, num_tokens: int) -> int:
         """That so many of a prompt's tokens need, if they are alone."""
         return -(-num_tokens // (self.max_tokens or num_tokens or 1))
+
+    def room_beside(self, num_tokens: int) -> int:
+        """How many tokens of other prompts join the last step of one of so many."""
+        if not self.max_tokens:
+            return 0
+        room = -num_tokens % self.max_tokens
+        is_full = self.full_tokens and self.max_tokens - room >= self.full_tokens
+        return 0 if is_full else room
 
     def _s(self, num_steps: int, num_tokens: int, context: float) -> float:
         ms = num_steps * self.base_ms + num_tokens * self.token_ms + context * self.context_ms
@@ -53,6 +63,7 @@ def mean(times: list[StepTimes]) -> StepTimes:
         token_ms=sum(each.token_ms for each in times) / num,
         context_ms=sum(each.context_ms for each in times) / num,
         max_tokens=max(each.max_tokens for each in times),
+        full_tokens=max(each.full_tokens for each in times),
     )
 
 

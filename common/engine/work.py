@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from common.kv.layout import KvLayout
 from kvbaton.errors import KvbatonError
@@ -79,6 +79,14 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class Fetched(NamedTuple):
+    """Blocks that were copied into a device's memory, and those of them that came from another
+    process's memory there."""
+
+    num_blocks: int
+    num_from_neighbours: int
+
+
 class DeviceMemory(Protocol):
     """Memory of a device, in which an engine computes instead of the memory given to attach.
 
@@ -87,9 +95,8 @@ class DeviceMemory(Protocol):
     A final block has a name, its key, which stands for its content; others have an empty one.
     """
 
-    async def fetch(self, named: Mapping[int, bytes]) -> int:
-        """Others have written these slots: steps that begin from now on see it. Returns how many
-        blocks came from the device's memory of another process."""
+    async def fetch(self, named: Mapping[int, bytes]) -> Fetched:
+        """Others have written these slots: steps that begin from now on see it."""
 
     async def save(self, named: Mapping[int, bytes]) -> None:
         """Others see what the steps that have ended wrote to these slots."""
@@ -108,10 +115,12 @@ class Engine(Protocol):
 
     `device_memory` is there, from attach on, if the engine does not compute in the memory that it
     is given. `arithmetic_s`: for how long its model has computed so far; 0 where it does so on its
-    own, on a device.
+    own, on a device. A step of `full_step_tokens` keeps the arithmetic busy: one of more takes
+    longer in proportion, and one of fewer hardly less.
     """
 
     info: ModelInfo
+    full_step_tokens: int
     device_memory: DeviceMemory | None
     arithmetic_s: float
 

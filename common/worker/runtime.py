@@ -82,7 +82,6 @@ class WorkerRuntime:
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.tasks = Tasks(self._fail)
         self.is_draining = False
-        self.step_fits = StepFits(config.max_num_batched_tokens)
         self._instance_id = seams.rng.new_id()
         self._role_name = role_name
         self._make_engine = make_engine
@@ -109,6 +108,8 @@ class WorkerRuntime:
         engine = self._engine = await self._make_engine(self.config)
         self.info = engine.info
         self.block_size = self.info.layout.block_size
+        self.full_step_tokens = engine.full_step_tokens
+        self.step_fits = StepFits(self.config.max_num_batched_tokens, self.full_step_tokens)
         self.role = self._make_role(self)
         self.endings = Endings(self.role, self.answer, self.store_of)
         self.taking = Taking(engine, self.endings, self.store_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from kvbaton.sampling import SamplingParams
 
 class Piece(NamedTuple):
     """A block of a handoff: its place in the table, its number, what its digest is bound to, and
-    whether that is the block's own key and not its parent's."""
+    whether that is the block's own key, which tells its content, and not its parent's."""
 
     place: int
     block: int
@@ -161,8 +162,9 @@ class Sequence:
 
     def piece(self, index: int, block: int, key: bytes = b"") -> Piece:
         """A block at its place as a mover wants it; `key` is given where only we know it."""
-        is_own_key = bool(key) or index < self.num_known_keys
-        return Piece(index, block, key or self.digest_key(index), is_own_key)
+        is_known = bool(key) or index < self.num_known_keys
+        # Of one that is over the blocks may be another's by now.
+        return Piece(index, block, key or self.digest_key(index), is_known and not self.is_over)
 
     def pieces(self, first: int, blocks: list[int], keys: list[bytes]) -> list[Piece]:
         """Blocks from a place on as a mover wants them; `keys` are those that only we know."""
@@ -184,16 +186,21 @@ class Sequence:
         return None
 
 
-def plan_chunks(waiting: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+def plan_chunks(
+    waiting: list[Sequence], budget: int, enough: float = math.inf
+) -> list[tuple[Sequence, int]]:
     """Divide a step's token budget among prompts, first come first served.
 
-    Several short prompts share a step; a long one takes what is left of it and goes on in the next.
+    Several short prompts share a step until it has `enough` tokens: a longer one takes longer in
+    proportion, and all in it wait for the last (DistServe, section 3.1). A long prompt takes what
+    is left of the budget and goes on in the next step.
     """
     plan = []
+    num_planned = 0
     for sequence in waiting:
-        if budget <= 0:
+        if num_planned >= min(budget, enough):
             break
-        num_tokens = min(sequence.num_uncomputed, budget)
+        num_tokens = min(sequence.num_uncomputed, budget - num_planned)
         plan.append((sequence, num_tokens))
-        budget -= num_tokens
+        num_planned += num_tokens
     return plan

@@ -32,14 +32,16 @@ Vector = list[float]
 class StepFit:
     """The fit of one kind of steps."""
 
-    def __init__(self, max_tokens: int, doubts: tuple[float, float, float]) -> None:
+    def __init__(
+        self, max_tokens: int, doubts: tuple[float, float, float], full_tokens: int = 0
+    ) -> None:
         """`doubts`: how unwilling to explain time by base, tokens and context while steps are too
         much alike to tell those apart."""
         self._doubts = doubts
         self._products = [[0.0] * _NUM for _ in range(_NUM)]
         self._with_ms = [0.0] * _NUM
         self._num_steps = 0
-        self._times = StepTimes(max_tokens=max_tokens)
+        self._times = StepTimes(max_tokens=max_tokens, full_tokens=full_tokens)
 
     @property
     def times(self) -> StepTimes | None:
@@ -92,9 +94,10 @@ class StepFit:
 class StepFits:
     """The fits of a worker: steps in which each sequence gets one token, and those with more."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self._tokens = StepFit(max_tokens, (1e-6, 1e-4, 1e-4))
-        self._prompts = StepFit(max_tokens, (1e-4, 1e-6, 1e-4))
+    def __init__(self, max_tokens: int, full_tokens: int = 0) -> None:
+        """See StepTimes."""
+        self._tokens = StepFit(max_tokens, (1e-6, 1e-4, 1e-4), full_tokens)
+        self._prompts = StepFit(max_tokens, (1e-4, 1e-6, 1e-4), full_tokens)
         self._paced_s = self._num_paced = 0.0  # of the latest prompts
 
     @property

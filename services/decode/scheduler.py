@@ -28,7 +28,10 @@ class Plan:
 class DecodeScheduler:
     """The sequences of one decode worker that have blocks, oldest first."""
 
-    def __init__(self, max_num_batched_tokens: int, block_size: int) -> None:
+    def __init__(
+        self, max_num_batched_tokens: int, block_size: int, full_step_tokens: float = math.inf
+    ) -> None:
+        self._full_step_tokens = full_step_tokens
         self._budget = max_num_batched_tokens
         self._block_size = block_size
         self._active: list[Sequence] = []
@@ -75,7 +78,8 @@ class DecodeScheduler:
         plan = self.plan_tokens(leases)
         prompts = [sequence for sequence in self.prompts() if sequence not in plan.preempted]
         left = self._budget - len(plan.steps)
-        plan.steps += plan_chunks(prompts, int(min(left, max_prompt_tokens)))
+        room = int(min(left, max_prompt_tokens))
+        plan.steps += plan_chunks(prompts, room, self._full_step_tokens)
         return plan
 
     def plan_tokens(self, leases: Many[BlockLease]) -> Plan:

@@ -62,7 +62,9 @@ class DecodeRole:
     def __init__(self, runtime: WorkerRuntime) -> None:
         config = runtime.config
         self._runtime = runtime
-        self._scheduler = DecodeScheduler(config.max_num_batched_tokens, runtime.block_size)
+        self._scheduler = DecodeScheduler(
+            config.max_num_batched_tokens, runtime.block_size, runtime.full_step_tokens
+        )
         self._sequences: dict[str, Sequence] = {}
         self._prefill_here: set[str] = set()
         self._first_tokens: dict[str, int] = {}  # of those that are computed, by handoff id

@@ -132,7 +132,8 @@ class PrefillRole:
         kept = [(self._due_at(sequence), sequence) for sequence in self._kept.prompts()]
         prompts = self._scheduler.line(kept)
         room = min(self._kept.num_prompt_tokens(prompts), self._budget - len(steps))
-        return steps + self._runtime.works(plan_chunks(prompts, int(max(room, 1))))
+        enough = self._runtime.full_step_tokens
+        return steps + self._runtime.works(plan_chunks(prompts, int(max(room, 1)), enough))
 
     def apply(self, sequence: Sequence, sampled: Sampled | None) -> None:
         if not self._hands_over(sequence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,6 +57,27 @@ def test_a_short_rest_is_computed_by_decode_with_the_same_tokens(
             for blocker in blockers:
                 await output_of(blocker)
             assert prefill.num_tokens_computed - num_computed == 4000 + 3 * (not max_local_tokens)
+            await cluster.settle()
+
+    simulate(main())
+
+
+@pytest.mark.parametrize(("step_ms", "token_ms", "do_share"), [(10, 1, False), (50, 1, True)])
+def test_prompts_share_a_step_only_until_it_keeps_the_arithmetic_busy(
+    step_ms: float, token_ms: float, do_share: bool
+) -> None:
+    async def main() -> None:
+        worker = {"mock_step_ms": step_ms, "mock_token_ms": token_ms}
+        routing = {"max_local_tokens": 0}
+        async with SimCluster(World(1), Shape(worker=worker, routing=routing)) as cluster:
+            blocker = request(cluster, 0, prompt_of(0, 100))
+            await asyncio.sleep(0.02)
+            streams = [request(cluster, 1 + i, prompt_of(1 + i, 100)) for i in range(3)]
+            for stream in (blocker, *streams):
+                await output_of(stream)
+            first_at = [stream.timeline.first_token_at for stream in streams]
+            gaps = [later - sooner for sooner, later in pairwise(first_at)]
+            assert all(gap < 0.02 for gap in gaps) if do_share else min(gaps) > 0.1
             await cluster.settle()
 
     simulate(main())

@@ -141,6 +141,7 @@ class Engine:
 
     info = ModelInfo("x", 16, 16, (), MOCK_LAYOUT)
     device_memory: DeviceMemory | None = None
+    full_step_tokens = 1
     arithmetic_s = 0.0
 
     def __init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +132,8 @@ def test_digests_are_bound_to_keys_that_both_ends_know() -> None:
     sequence.granted(table_of(3, 3, prompt_keys(ROOT, sequence.tokens, 2)))
     assert sequence.digest_key(2) == prompt_keys(ROOT, sequence.tokens, 2)[2]
     assert sequence_of(1).pieces(0, [20], []) == [(0, 20, ROOT, False)]
+    sequence.is_over = True  # its blocks may be another's
+    assert not any(piece.is_own_key for piece in sequence.pieces(0, [20, 21, 22], []))
 
 
 # ---- the end ------------------------------------------------------------------------------------
@@ -163,6 +167,19 @@ def test_a_sequence_ends_at_the_models_context(num_tokens: int, reason: str | No
 
 
 # ---- chunks -------------------------------------------------------------------------------------
+
+
+def test_a_prompt_joins_a_step_that_is_not_full_yet() -> None:
+    waiting = [sequence_of(count) for count in (3, 4, 5, 20)]
+
+    def counts(enough: float, budget: int = 16) -> list[int]:
+        return [count for _, count in plan_chunks(waiting, budget, enough)]
+
+    assert counts(3) == [3]
+    assert counts(4) == [3, 4]
+    assert counts(8) == [3, 4, 5]
+    assert counts(13) == counts(math.inf) == [3, 4, 5, 4]
+    assert counts(3, budget=2) == [2]
 
 
 def chunks_of(num_tokens: list[int], budget: int) -> list[tuple[int, int]]:

@@ -91,6 +91,10 @@ def test_a_prompt_of_many_steps_pays_for_each() -> None:
     times = StepTimes(base_ms=10, token_ms=1, max_tokens=100)
     assert times.prompt_s(250, 0) == pytest.approx(0.28)
     assert times.prompt_s(0, 0) == 0.0
+    assert [times.room_beside(count) for count in (250, 100, 1)] == [50, 0, 99]
+    full = StepTimes(base_ms=10, token_ms=1, max_tokens=100, full_tokens=30)
+    assert [full.room_beside(count) for count in (250, 100, 130, 129, 1)] == [0, 0, 0, 71, 99]
+    assert StepTimes().room_beside(7) == 0
     assert mean([times, StepTimes(base_ms=20, token_ms=3)]) == StepTimes(
         base_ms=15, token_ms=2, max_tokens=100
     )

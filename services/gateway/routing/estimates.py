@@ -82,7 +82,7 @@ class Backlog:
             before_s = jobs[0][2].step_s(times) / 2  # the step that runs
         # What its last step has room for is computed with it.
         behind = [job for due, _, job in jobs if due > own_due_at]
-        room = -num_tokens % times.max_tokens if times.max_tokens else 0
+        room = times.room_beside(num_tokens)
         return before_s + (behind[0].part_s(times, room) if behind else 0.0), len(behind)
 
 
