@@ -57,7 +57,7 @@ _WORKER_COUNTERS: Mapping[str, tuple[str, Callable[[WorkerCounts], float]]] = {
     ),
     "transfers_failed": ("Transfers that failed", lambda counts: counts.num_transfers_failed),
     "device_blocks": (
-        "KV blocks copied into a GPU's memory at a handoff",
+        "KV blocks copied into a GPU's memory when they were granted or handed over",
         lambda counts: counts.num_device_blocks,
     ),
     "neighbour_blocks": (

@@ -24,12 +24,15 @@ class StepThread:
     def __init__(self, name: str, prepare: Callable[[], None]) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._prepare = prepare
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, work: Callable[[Any], T], given: object) -> T:
         """work(given) there; what it raises is raised here. One that nobody waits for any more is
-        left out, unless it has begun."""
+        left out, unless it has begun. Raises RuntimeError once it is closed."""
+        if self._is_closed:
+            raise RuntimeError("the thread has ended")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         self._jobs.put((loop, done, work, given))
@@ -37,18 +40,22 @@ class StepThread:
 
     def close(self) -> None:
         """Wait for what it was given to end."""
+        self._is_closed = True
         self._jobs.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        self._prepare()
+        broken: BaseException | None = None
+        try:
+            self._prepare()
+        except BaseException as raised:
+            broken = raised  # every job is told
         while (job := self._jobs.get()) is not None:
             loop, done, work, given = job
-            if done.cancelled():
-                continue
-            result, error = None, None
+            result, error = None, broken
             try:
-                result = work(given)
+                if broken is None and not done.cancelled():
+                    result = work(given)
             except BaseException as raised:  # whatever it is, somebody waits to hear of it
                 error = raised
             with suppress(RuntimeError):  # the loop has been closed: nobody waits

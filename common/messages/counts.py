@@ -35,8 +35,8 @@ class WorkerCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     A transfer is one message of blocks, there and back, between the worker and a store whose memory
     it does not share; `num_transfers_failed` are not among the others. `num_device_blocks` were
-    copied into a device's memory at a handoff, `num_neighbour_blocks` of them from that of another
-    worker there.
+    copied into a device's memory when they were granted or handed over, `num_neighbour_blocks` of
+    them from that of another worker there.
     """
 
     num_steps: Total = 0

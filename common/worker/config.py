@@ -34,7 +34,7 @@ class WorkerConfig:
         0, "most that KV takes of a GPU's memory; 0: as much as the arenas, if it is free", low=0
     )
     cuda_ipc: bool = setting(
-        True, "read KV in the GPU's memory of other workers there, not in the host's"
+        True, "share KV in a GPU's memory with other workers there: read theirs, let them read ours"
     )
     quantization: str = setting(
         "none",

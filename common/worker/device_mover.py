@@ -64,9 +64,9 @@ class DeviceMover:
         """See Mover. What is no longer wanted is fetched in vain: a fetch that others have
         overtaken leaves no trace."""
         await self._mover.pull(handoff_id, epoch, pieces, is_wanted)
-        num_neighbours = await self._device.fetch(self._named(pieces))
-        self._counts.num_device_blocks += len(pieces)
-        self._counts.num_neighbour_blocks += num_neighbours
+        fetched = await self._device.fetch(self._named(pieces))
+        self._counts.num_device_blocks += fetched.num_blocks
+        self._counts.num_neighbour_blocks += fetched.num_from_neighbours
         self._num_blocks_crossed += len(pieces)
         return len(pieces)
 

@@ -38,6 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Measure."""
+    if len(set(options.target)) < len(options.target):
+        raise SystemExit("alternate: name no target twice")
     found: Found = {name: {rate: [] for rate in options.rate} for name in options.target}
     tried: dict[str, Trials] = {}
     with targets.setting_of(options) as setting:

@@ -20,7 +20,7 @@ from common.engine.cuda.residency import (
     words_of,
 )
 from common.engine.mock import MOCK_LAYOUT, MockEngine
-from common.engine.work import Sampled, Work
+from common.engine.work import Fetched, Sampled, Work
 
 _SIZE = MOCK_LAYOUT.block_size
 _COPY_S = 0.002
@@ -68,17 +68,19 @@ class MockDevice:
     def _copy_in(self, copies: Copies) -> None:
         self.pool[copies.blocks] = self.arena[copies.slots]
 
-    async def fetch(self, named: Mapping[int, bytes]) -> int:
+    async def fetch(self, named: Mapping[int, bytes]) -> Fetched:
         async with self._copying:
             copies = self.residency.begin_fetch(list(named))
             await asyncio.sleep(_COPY_S)
             self._copy_in(copies)
-            num_from_neighbours = 0
-            for slot, block in zip(copies.slots.tolist(), copies.blocks.tolist(), strict=True):
-                num_from_neighbours += await self._copy_across(block, named[slot])
-            self.residency.end_fetch(copies, named)
-        self.num_from_neighbours += num_from_neighbours
-        return num_from_neighbours
+            verified = {
+                slot: named[slot]
+                for slot, block in zip(copies.slots.tolist(), copies.blocks.tolist(), strict=True)
+                if await self._copy_across(block, named[slot])
+            }
+            self.residency.end_fetch(copies, verified)
+        self.num_from_neighbours += len(verified)
+        return Fetched(len(copies.slots), len(verified))
 
     async def _copy_across(self, block: int, name: bytes) -> bool:
         """As neighbours.py does: copy, and then look whether that was still the block."""
@@ -99,12 +101,13 @@ class MockDevice:
         return bool(np.all(self.residency.names[:NAME_WORDS, block] == words_of(name)))
 
     async def save(self, named: Mapping[int, bytes]) -> None:
+        marked = self.residency.marked(named)
         async with self._copying:
             copies, num_replaced = self.residency.begin_save(list(named)), self._num_replaced
             await asyncio.sleep(_COPY_S)
             if num_replaced == self._num_replaced:
                 self.arena[copies.slots] = self.pool[copies.blocks]
-            self.residency.end_save(copies, named)
+            self.residency.end_save(copies, marked)
 
     def forget(self, slots: Sequence[int]) -> None:
         self.residency.forget(slots)

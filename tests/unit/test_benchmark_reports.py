@@ -132,7 +132,9 @@ def test_servers_alternate_under_the_same_arrivals(monkeypatch: pytest.MonkeyPat
         for (title, more), names in zip(rates, turns, strict=True)
         for name in names
     ]
-    within = {name: [each["attainment"] for each in loads] for name, loads in report.figures.items()}
+    within = {
+        name: [each["attainment"] for each in loads] for name, loads in report.figures.items()
+    }
     assert within == {
         "one, 1 a second": [1, 1],
         "other, 1 a second": [1, 1],

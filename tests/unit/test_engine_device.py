@@ -89,7 +89,7 @@ def test_one_goes_on_from_what_the_other_has_on_the_same_device(
     (first,) = prefill.step_sync([whole(text, [1, 2, 3])])
     prefill._follower.save_sync(named)
     arena[:] = b"\xff" * len(arena)  # NaN: none of it is read
-    assert decode._follower.fetch_sync(named) == 3
+    assert decode._follower.fetch_sync(named) == (3, 3)
     assert first is not None
     after = [*text, first.token_id]
     (second,) = decode.step_sync([whole(after, [1, 2, 3, 4], len(text))])
@@ -98,6 +98,21 @@ def test_one_goes_on_from_what_the_other_has_on_the_same_device(
     assert alone.step_sync([whole(after, [1, 2, 3, 4], len(text))]) == [second]
     for engine in (alone, prefill, decode):
         engine.close()
+
+
+def test_an_engine_that_is_attached_anew_lets_go_of_its_first_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path)
+    pools = tmp_path / "pools"
+    monkeypatch.setattr("common.engine.cuda.memory.default_folder", lambda: pools)
+    monkeypatch.setattr(DeviceEngine, "_sharing", lambda _: HostSharing())
+    engine = DeviceEngine(tmp_path, device="cpu")
+    for _ in range(2):  # a worker's self test, and then its stores
+        engine.attach(memoryview(bytearray(engine.info.layout.block_bytes)))
+        assert len(list(pools.iterdir())) == 1
+    engine.close()
+    assert list(pools.iterdir()) == []
 
 
 def test_a_step_that_does_not_fit_the_pool_is_run_in_parts(tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_close_waits_and_a_loop_that_has_gone_is_not_told() -> None:
     assert ended == [True]
 
 
+async def test_one_that_cannot_begin_or_has_ended_says_so() -> None:
+    def fail() -> None:
+        raise OSError("no such thread count")
+
+    thread = StepThread("steps", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no such thread count"):
+            await thread.run(lambda _: None, None)
+    thread.close()
+    with pytest.raises(RuntimeError, match="the thread has ended"):
+        await thread.run(lambda _: None, None)
+
+
 async def test_it_keeps_nothing_of_what_is_done() -> None:
     class Given:
         pass

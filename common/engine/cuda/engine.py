@@ -38,6 +38,9 @@ class DeviceEngine(TorchEngine):
     """Implements work.Engine. `attention` is auto, xformers or torch (attention/gathered.py)."""
 
     model: Model
+    full_step_tokens = (
+        512  # DistServe, figure 2: where prefill of 13B parameters on an A100 is full
+    )
 
     def __init__(
         self, model_dir: Path, *, device_kv_bytes: int = 0, cuda_ipc: bool = True, **options: Any
@@ -59,6 +62,7 @@ class DeviceEngine(TorchEngine):
     def attach(self, arena: memoryview) -> None:
         """Make the pool that follows `arena`. Raises ValueError unless that is whole blocks, and
         ModelError where the device has no room."""
+        self._detach()
         num_blocks = self._num_blocks(len(arena) // self.info.layout.block_bytes)
         sharing = self._sharing()
         follower = ArenaFollower(self.info.layout, arena, num_blocks, self._device, sharing)
@@ -86,9 +90,13 @@ class DeviceEngine(TorchEngine):
     def close(self) -> None:
         """See TorchEngine."""
         super().close()
+        self._detach()
+
+    def _detach(self) -> None:
+        """Let go of the pool, if there is one."""
         if self._follower is not None:
             self._follower.close()
-        self._follower = self.device_memory = self._graphs = None
+        self._follower = self.device_memory = self._graphs = self._cache = None
 
     def _choose_device(self, device: str, attention: str) -> torch.device:
         if attention not in ("auto", "xformers", "torch"):

@@ -82,12 +82,19 @@ class CudaIpc:
         self._check(status)
         address = (base.value or 0) + int.from_bytes(handle[_HANDLE_BYTES:], "little")
         self._bases[address] = base
-        return torch.as_tensor(_Mapped(address, num_bytes), device="cuda")
+        try:
+            return torch.as_tensor(_Mapped(address, num_bytes), device="cuda")
+        except RuntimeError as error:
+            self._close(address)
+            raise SharingError(str(error)) from error
 
     def close(self, memory: Tensor) -> None:
         """Let go of what `open` gave. The device keeps it until then, though its owner be gone."""
+        self._close(memory.data_ptr())
+
+    def _close(self, address: int) -> None:
         with suppress(SharingError):  # as where the driver has done so by itself
-            self._check(self._runtime.cudaIpcCloseMemHandle(self._bases.pop(memory.data_ptr())))
+            self._check(self._runtime.cudaIpcCloseMemHandle(self._bases.pop(address)))
 
     def _check(self, status: int) -> None:
         if status:

@@ -16,8 +16,16 @@ from common.engine.cuda.copies import Copier, DevicePool, PinnedPages, address_o
 from common.engine.cuda.ipc import SharingError
 from common.engine.cuda.neighbours import Neighbours, Sharing
 from common.engine.cuda.notices import default_folder
-from common.engine.cuda.residency import Copies, IntArray, PoolFullError, Residency, Step
+from common.engine.cuda.residency import (
+    Copies,
+    IntArray,
+    Marked,
+    PoolFullError,
+    Residency,
+    Step,
+)
 from common.engine.kv_cache import KvCache
+from common.engine.work import Fetched
 from common.kv.layout import KvLayout
 
 log = structlog.get_logger()
@@ -77,9 +85,8 @@ class ArenaFollower:
                 step = self._residency.begin_step(tables, starts, ends, self._size)
         except PoolFullError:
             with self._making_room:
-                self.save_sync(
-                    dict.fromkeys(self._residency.unsaved(), b"")
-                )  # after the copies under way
+                unsaved = dict.fromkeys(self._residency.unsaved(), b"")
+                self.save_sync(unsaved)  # after the copies under way
             with self._deciding:
                 step = self._residency.begin_step(tables, starts, ends, self._size)
         try:
@@ -98,25 +105,34 @@ class ArenaFollower:
 
     # ---- for the worker -----------------------------------------------------------------------
 
-    async def fetch(self, named: Mapping[int, bytes]) -> int:
+    async def fetch(self, named: Mapping[int, bytes]) -> Fetched:
         """See work.DeviceMemory."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self.fetch_sync, named)
 
     async def save(self, named: Mapping[int, bytes]) -> None:
-        """See work.DeviceMemory."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.save_sync, named)
+        """See work.DeviceMemory. What is named is what the slots hold now: when the copy has its
+        turn they may be another's."""
+        with self._deciding:
+            marked = self._residency.marked(named)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._save, marked)
 
-    def fetch_sync(self, named: Mapping[int, bytes]) -> int:
+    def fetch_sync(self, named: Mapping[int, bytes]) -> Fetched:
         """fetch on the caller's thread."""
         with self._copying:
             with self._deciding:
                 copies = self._residency.begin_fetch(list(named))
-            done = self._copy_across(copies, named)
-            self._copier.copy_in(copies.without(done))
+            try:
+                done = self._copy_across(copies, named)
+                self._copier.copy_in(copies.without(done))
+            except BaseException:
+                with self._deciding:
+                    self._residency.abandon(copies)
+                raise
+            verified = {slot: named[slot] for slot in copies.slots[done].tolist()}
             with self._deciding:
-                self._residency.end_fetch(copies, named)
-        return len(done)
+                self._residency.end_fetch(copies, verified)
+        return Fetched(len(copies.slots), len(done))
 
     def _copy_across(self, copies: Copies, named: Mapping[int, bytes]) -> IntArray:
         """The places in `copies` that neighbours had."""
@@ -126,12 +142,17 @@ class ArenaFollower:
 
     def save_sync(self, named: Mapping[int, bytes]) -> None:
         """save on the caller's thread."""
+        with self._deciding:
+            marked = self._residency.marked(named)
+        self._save(marked)
+
+    def _save(self, marked: Marked) -> None:
         with self._copying:
             with self._deciding:
-                copies = self._residency.begin_save(list(named))
+                copies = self._residency.begin_save(list(marked))
             self._copier.copy_out(copies)
             with self._deciding:
-                self._residency.end_save(copies, named)
+                self._residency.end_save(copies, marked)
 
     def forget(self, slots: Sequence[int]) -> None:
         """See work.DeviceMemory."""

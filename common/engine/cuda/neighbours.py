@@ -15,6 +15,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,15 +61,17 @@ class _Neighbour:
     def find(self, wanted: NameArray) -> tuple[IntArray, IntArray, NameArray]:
         """Which of the names [NAME_WORDS, count] are here, in which blocks, and these blocks' names
         [NAME_ROWS, found]."""
-        firsts = self.names[0]
+        words = self.names[0]
+        hits = np.flatnonzero(np.isin(words, wanted[0][wanted[0] != 0]))
+        block_of = dict(zip(words[hits].tolist(), hits.tolist(), strict=True))
         found = [
-            (place, block)
-            for place, word in enumerate(wanted[0])
-            if word
-            for block in np.flatnonzero(firsts == word)[:1]
+            (place, block_of[word])
+            for place, word in enumerate(wanted[0].tolist())
+            if word in block_of
         ]
         places, blocks = np.array(found, dtype=np.int64).reshape(-1, 2).T
-        names = self.names[:, blocks]
+        counts = self.names[NAME_WORDS:, blocks]  # first: whatever is taken away later is seen
+        names = np.concatenate((self.names[:NAME_WORDS, blocks], counts))
         is_here = np.all(names[:NAME_WORDS] == wanted[:, places], axis=0)
         return places[is_here], blocks[is_here], names[:, is_here]
 
@@ -91,6 +94,7 @@ class Neighbours:
         self._sharing = sharing
         self._copying = copying
         self._met: dict[str, _Neighbour | None] = {}  # None: of no use here
+        self._is_closed = False
         notice = Notice(
             device=sharing.device,
             layout=pool.layout,
@@ -119,11 +123,21 @@ class Neighbours:
         return np.flatnonzero(is_done)
 
     def close(self) -> None:
-        """Others copy from our pool no more. Those who still have it mapped let go of it soon."""
+        """Others copy from our pool no more, nor we from theirs."""
         self._own.close()
+        with self._copying:
+            self._is_closed = True
+            for neighbour in filter(None, self._met.values()):
+                self._sharing.close(neighbour.memory)
 
     def _look_round(self) -> Iterator[_Neighbour]:
-        found = {entry.name for entry in self._folder.iterdir() if entry.name[0] != "."}
+        try:
+            found = {entry.name for entry in self._folder.iterdir() if entry.name[0] != "."}
+        except OSError as error:
+            log.warning("neighbours_unseen", reason=str(error), using="the arena")
+            return
+        for name in [name for name in self._met if name not in found and not self._met[name]]:
+            del self._met[name]
         for name in sorted(found - {self._own.path.name}):
             if name not in self._met:
                 self._met[name] = self._meet(name)
@@ -133,39 +147,36 @@ class Neighbours:
 
     def _meet(self, name: str) -> _Neighbour | None:
         """None where its pool is of no use here, or it has just gone."""
-        try:
-            file = os.open(self._folder / name, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            return None
-        neighbour = None
-        try:
-            if is_locked(file):
-                neighbour = self._open(file)
-            else:  # its owner is dead, and nobody has seen that yet
-                (self._folder / name).unlink(missing_ok=True)
-        except (SharingError, OSError, ValueError) as error:
-            log.warning("neighbour_unusable", pool=name, reason=str(error), using="the arena")
-        if neighbour is None:
-            os.close(file)
-        else:
-            log.info("neighbour_found", pool=name, num_blocks=neighbour.pool.num_blocks)
-            threading.Thread(target=self._watch, args=(name, neighbour), daemon=True).start()
+        with ExitStack() as undone:
+            try:
+                file = os.open(self._folder / name, os.O_RDWR | os.O_NOFOLLOW)
+                undone.callback(os.close, file)
+                if not is_locked(file):  # its owner is dead, and nobody has seen that yet
+                    (self._folder / name).unlink(missing_ok=True)
+                    return None
+                notice, names = read_notice(file)
+                if (notice.device, notice.layout) != (self._sharing.device, self._layout):
+                    return None
+                num_bytes = notice.num_blocks * self._layout.block_bytes
+                memory = self._sharing.open(notice.handle, num_bytes)
+                undone.callback(self._sharing.close, memory)
+                neighbour = _Neighbour(file, names, memory, DevicePool(self._layout, memory))
+                watch = threading.Thread(target=self._watch, args=(name, neighbour), daemon=True)
+                watch.start()
+            except (SharingError, OSError, ValueError, RuntimeError) as error:
+                log.warning("neighbour_unusable", pool=name, reason=str(error), using="the arena")
+                return None
+            undone.pop_all()
+        log.info("neighbour_found", pool=name, num_blocks=neighbour.pool.num_blocks)
         return neighbour
-
-    def _open(self, file: int) -> _Neighbour | None:
-        notice, names = read_notice(file)
-        if (notice.device, notice.layout) != (self._sharing.device, self._layout):
-            return None
-        memory = self._sharing.open(notice.handle, notice.num_blocks * self._layout.block_bytes)
-        return _Neighbour(file, names, memory, DevicePool(self._layout, memory))
 
     def _watch(self, name: str, neighbour: _Neighbour) -> None:
         """Let go of its pool as soon as its owner is gone, however that ended: until then the
         device's memory is not free for its successor."""
         fcntl.flock(neighbour.file, fcntl.LOCK_SH)
         with self._copying:
-            del self._met[name]
-            self._sharing.close(neighbour.memory)
+            if not self._is_closed:
+                self._sharing.close(neighbour.memory)
+                del self._met[name]
             (self._folder / name).unlink(missing_ok=True)
         os.close(neighbour.file)
-        log.info("neighbour_gone", pool=name)

@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -45,6 +46,7 @@ class OwnNotice:
     def __init__(self, folder: Path, notice: Notice) -> None:
         """Raises SharingError for a folder that others may enter, OSError for lack of room."""
         _make_private(folder)
+        _sweep(folder)
         self.path = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
         unfinished = folder / f".{self.path.name}"
         self._file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -98,6 +100,18 @@ def _names(memory: mmap.mmap, num_blocks: int) -> NameArray:
     count = num_blocks * NAME_ROWS
     words = np.frombuffer(memory, dtype=np.uint64, count=count, offset=_HEAD_BYTES)
     return words.reshape(NAME_ROWS, num_blocks)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what those left who died before their file was whole."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if os.fstat(file).st_size and not is_locked(file):  # an empty one is just made
+                    path.unlink()
+            finally:
+                os.close(file)
 
 
 def _make_private(folder: Path) -> None:

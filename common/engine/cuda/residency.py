@@ -30,10 +30,15 @@ _ONE = np.int32(1)  # of the array's own type: ufunc.at takes twenty times as lo
 
 NAME_WORDS = 4  # of 64 bits: a block's key (common/kv/hashing.py)
 NAME_ROWS = NAME_WORDS + 1
-UNNAMED: Mapping[int, bytes] = MappingProxyType({})
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
 NameArray = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
+
+
+Marked = Mapping[int, tuple[bytes, int]]  # by slot: the name of its content, and which that is
+
+_UNNAMED: Mapping[int, bytes] = MappingProxyType({})
+_UNMARKED: Marked = MappingProxyType({})
 
 
 def words_of(name: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -80,7 +85,7 @@ class Residency:
     """Decisions for a pool of `num_blocks`, the spare one included, and an arena of `num_slots`.
 
     `names` [NAME_ROWS, num_blocks] are those of the pool's blocks, zeros where there is none, and
-    last how often each block has lost one; `named` gives the names of slots that are final."""
+    last how often each block has lost one."""
 
     def __init__(self, num_slots: int, num_blocks: int, names: NameArray | None = None) -> None:
         self.num_blocks = num_blocks
@@ -154,13 +159,19 @@ class Residency:
         self._num_uses[copies.blocks] += 1
         return copies
 
-    def end_save(self, copies: Copies, named: Mapping[int, bytes] = UNNAMED) -> None:
-        """It is in the arena."""
+    def marked(self, named: Mapping[int, bytes]) -> Marked:
+        """What these slots, by name, hold now."""
+        return {slot: (name, int(self._version[slot])) for slot, name in named.items()}
+
+    def end_save(self, copies: Copies, marked: Marked = _UNMARKED) -> None:
+        """It is in the arena. What has not changed since it was marked gets its name."""
         is_unchanged = self._version[copies.slots] == copies.versions
         unchanged = copies.slots[is_unchanged]
         self._is_unsaved[unchanged] = False
-        is_there = self._block_of[unchanged] == copies.blocks[is_unchanged]
-        self._name(unchanged[is_there], named)
+        for slot, block in zip(unchanged.tolist(), copies.blocks[is_unchanged], strict=True):
+            name, version = marked.get(slot, (b"", 0))
+            if version == self._version[slot] and block == self._block_of[slot]:
+                self._name(block, name)
         self._release(copies.blocks)
 
     def forget(self, slots: Sequence[int]) -> None:
@@ -186,15 +197,23 @@ class Residency:
         self._vacate(wanted[len(fitting) :])
         return Copies(fitting, self._take(len(fitting)), self._version[fitting])
 
-    def end_fetch(self, copies: Copies, named: Mapping[int, bytes] = UNNAMED) -> None:
-        """It is in the pool."""
+    def end_fetch(self, copies: Copies, named: Mapping[int, bytes] = _UNNAMED) -> None:
+        """It is in the pool. `named`: of which it is certain that they hold what they are to: the
+        arena's slot may be another's since it was asked for."""
         is_current = self._version[copies.slots] == copies.versions
         self._free.extend(copies.blocks[~is_current].tolist())
         slots = copies.slots[is_current]
         self._vacate(slots)
         self._put(slots, copies.blocks[is_current])
-        self._name(slots, named)
+        for slot, name in named.items():
+            if slot in slots:
+                self._name(self._block_of[slot], name)
         self._touch(slots)
+
+    def abandon(self, copies: Copies) -> None:
+        """It has not come: a step that reads these loads them."""
+        self._free.extend(copies.blocks.tolist())
+        self._vacate(copies.slots[self._version[copies.slots] == copies.versions])
 
     # ---- blocks of the pool -------------------------------------------------------------------
 
@@ -209,9 +228,8 @@ class Residency:
         self._block_of[slots] = blocks
         self._slot_of[blocks] = slots
 
-    def _name(self, slots: IntArray, named: Mapping[int, bytes]) -> None:
-        for slot, block in zip(slots.tolist(), self._block_of[slots].tolist(), strict=True):
-            self.names[:NAME_WORDS, block] = words_of(named.get(slot, b""))
+    def _name(self, block: int, name: bytes) -> None:
+        self.names[:NAME_WORDS, block] = words_of(name)
 
     def _unname(self, blocks: IntArray) -> None:
         self.names[:NAME_WORDS, blocks] = 0
