@@ -1,9 +1,9 @@
 """Whose prompts the next step computes. Pure.
 
-Prompts are computed in chunks under a token budget for each step: several short prompts share a
-step, a long one is spread over several (Sarathi-Serve, section 4.2). They are served in the order
-in which they are due (common/step_times.py), so between two chunks of a long prompt short ones that
-came later have their turn, and nobody starves.
+Prompts are computed in chunks under a token budget for each step: short prompts share a step until
+it keeps the arithmetic busy, a long one is spread over several (Sarathi-Serve, section 4.2). They
+are served in the order in which they are due (common/step_times.py), so between two chunks of a
+long prompt short ones that came later have their turn, and nobody starves.
 A sequence stays in the line until its last token is computed.
 """
 

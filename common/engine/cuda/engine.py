@@ -38,9 +38,7 @@ class DeviceEngine(TorchEngine):
     """Implements work.Engine. `attention` is auto, xformers or torch (attention/gathered.py)."""
 
     model: Model
-    full_step_tokens = (
-        512  # DistServe, figure 2: where prefill of 13B parameters on an A100 is full
-    )
+    full_step_tokens = 512  # DistServe, section 3.1: of a model of 13B parameters on an A100
 
     def __init__(
         self, model_dir: Path, *, device_kv_bytes: int = 0, cuda_ipc: bool = True, **options: Any
