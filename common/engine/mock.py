@@ -22,6 +22,7 @@ from kvbaton.sampling import SamplingParams
 MOCK_LAYOUT = KvLayout(num_layers=1, num_kv_heads=2, head_dim=64, block_size=16, dtype="uint8")
 MOCK_VOCAB_SIZE = 2048
 _FULL_SHARE = 8  # times what a step takes at least, its tokens take in a full one
+_NEVER_FULL = 2**31 - 1  # tokens
 _FIRST_TOKEN = 5  # below are the special tokens of the demo model's tokenizer
 _WORDS = MOCK_LAYOUT.block_bytes // MOCK_LAYOUT.block_size // 8  # of 64 bits, a position
 
@@ -99,7 +100,8 @@ class MockEngine:
             eos_token_ids=(),
             layout=MOCK_LAYOUT,
         )
-        self.full_step_tokens = math.ceil(_FULL_SHARE * step_s / token_s) if token_s else 2**31
+        full = math.ceil(_FULL_SHARE * step_s / token_s) if token_s else _NEVER_FULL
+        self.full_step_tokens = min(full, _NEVER_FULL)
         self._step_s = step_s
         self._token_s = token_s
         self.arithmetic_s = 0.0

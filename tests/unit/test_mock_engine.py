@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from common.engine.mock import (
     mock_token,
 )
 from common.engine.work import Work
+from common.step_times import StepTimes
 from kvbaton.sampling import SamplingParams
 
 BLOCK_SIZE = MOCK_LAYOUT.block_size
@@ -150,3 +152,14 @@ def test_the_output_is_the_chain_of_tokens_none_of_them_special() -> None:
 
 def test_the_tokens_are_those_that_they_have_always_been() -> None:
     assert mock_output([5, 6, 7], 4) == [1124, 467, 813, 121]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "token_s", "full"),
+    [(0.01, 0.001, 80), (0.01, 0.0, 2**31 - 1), (1, 1e-12, 2**31 - 1)],
+)
+def test_how_many_tokens_fill_a_step_can_be_told(step_s: float, token_s: float, full: int) -> None:
+    engine = MockEngine(step_s, token_s)
+    assert engine.full_step_tokens == full
+    times = StepTimes(full_tokens=engine.full_step_tokens)
+    assert msgspec.convert(msgspec.to_builtins(times), StepTimes) == times
