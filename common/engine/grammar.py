@@ -54,7 +54,7 @@ class Grammars:
         InvalidRequestError (grammar) for a grammar that cannot be followed this far.
         """
         grammar = work.sampling.grammar
-        output = tuple(work.tokens[work.num_prompt_tokens : work.start + work.num_tokens])
+        output = tuple(work.tokens[work.num_prompt_tokens : work.end])
         if not grammar or not self._eos.isdisjoint(output):
             return None
         matcher = self._state(grammar, output)

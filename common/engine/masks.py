@@ -34,7 +34,7 @@ def forbid(logits: Float32Array, work: Work, by_grammar: BoolArray | None) -> No
         kept = logits[allowed]
         logits.fill(-np.inf)
         logits[allowed] = kept
-    output = work.tokens[work.num_prompt_tokens : work.start + work.num_tokens]
+    output = work.tokens[work.num_prompt_tokens : work.end]
     ends = [word[-1] for word in params.bad_words if _is_last_token_due(word, output)]
     logits[_known(ends, logits)] = -np.inf
     if not np.isfinite(logits.max()):

@@ -131,10 +131,9 @@ class MockEngine:
 
     def _write(self, work: Work) -> None:
         assert self._kv is not None
-        end = work.start + work.num_tokens
-        positions = np.arange(work.start, end)
+        positions = np.arange(work.start, work.end)
         slots = np.asarray(work.slots)[positions // MOCK_LAYOUT.block_size]
-        words = _kv(work.tokens[work.start : end], work.start)
+        words = _kv(work.tokens[work.start : work.end], work.start)
         self._kv[slots, positions % MOCK_LAYOUT.block_size] = words[:, None]
 
     def _read(self, work: Work) -> int:
@@ -143,7 +142,7 @@ class MockEngine:
     def _words(self, work: Work) -> UInt64Array:
         """What the arena holds for each position up to the last computed."""
         assert self._kv is not None
-        length = work.start + work.num_tokens
+        length = work.end
         num_blocks = -(-length // MOCK_LAYOUT.block_size)
         blocks = self._kv[work.slots[:num_blocks]].reshape(-1, _WORDS)
         words: UInt64Array = blocks[:length].sum(axis=1, dtype=np.uint64)

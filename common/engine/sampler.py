@@ -63,7 +63,7 @@ def check_finite(largest: Iterable[float]) -> None:
 
 
 def _num_outputs(work: Work) -> int:
-    return work.start + work.num_tokens - work.num_prompt_tokens
+    return work.end - work.num_prompt_tokens
 
 
 def is_plain(work: Work) -> bool:
@@ -106,8 +106,7 @@ def _sample_row(
     if _is_greedy(params):
         token = int(adjusted.argmax())
     else:
-        position = work.start + work.num_tokens
-        noise = uniform(params.seed or 0, work.choice, position)
+        noise = uniform(params.seed or 0, work.choice, work.end)
         token = _draw(probabilities(adjusted, params), noise)
     if params.logprobs is None:
         return Sampled(token, 0.0)

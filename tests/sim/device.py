@@ -48,7 +48,7 @@ class MockDevice:
         self.num_lost = 0  # blocks that changed while they were copied
 
     async def begin_step(self, works: Sequence[Work]) -> Step:
-        used = [-(-(work.start + work.num_tokens) // _SIZE) for work in works]
+        used = [-(-work.end // _SIZE) for work in works]
         tables = np.zeros((len(works), max(used)), dtype=np.int32)
         for row, work, count in zip(tables, works, used, strict=True):
             row[:count] = work.slots[:count]
