@@ -21,8 +21,6 @@ from scripts.benchmarks.trials import Plan, Trials, make_plan
 
 _ALONE = 3  # requests: what the target is a multiple of
 
-Found = Mapping[str, dict[float, list[Load]]]  # by target and rate, one a round
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this case."""
@@ -40,22 +38,21 @@ def run(options: argparse.Namespace) -> Report:
     """Measure."""
     if len(set(options.target)) < len(options.target):
         raise SystemExit("alternate: name no target twice")
-    found: Found = {name: {rate: [] for rate in options.rate} for name in options.target}
     tried: dict[str, Trials] = {}
     with targets.setting_of(options) as setting:
         plan = make_plan(options, engines.vocab_of(setting.model))
         return report_of(
-            _rounds(found, tried, plan, setting, options.rounds),
-            lambda: _report(options, plan, setting, found, tried),
+            _rounds(options.target, tried, plan, setting, options.rounds),
+            lambda: _report(options, plan, setting, tried),
             options.json,
         )
 
 
 def _rounds(
-    found: Found, tried: dict[str, Trials], plan: Plan, setting: Setting, count: int
+    names: list[str], tried: dict[str, Trials], plan: Plan, setting: Setting, count: int
 ) -> Generator[None, None, None]:
     with ExitStack() as running:
-        for name in found:
+        for name in names:
             served = running.enter_context(targets.server(name, setting))
             first = next(iter(tried.values()), None)
             fixed = first.trial.targets if first else None
@@ -63,8 +60,8 @@ def _rounds(
             tried[name].begin()
         for number in range(count):
             for rate in plan.rates:
-                for name in list(found)[:: -1 if number % 2 else 1]:
-                    found[name][rate].append(tried[name].open(rate, plan.seed + number))
+                for name in names[:: -1 if number % 2 else 1]:
+                    tried[name].open(rate, plan.seed + number)
             yield
 
 
@@ -72,7 +69,6 @@ def _report(
     options: argparse.Namespace,
     plan: Plan,
     setting: Setting,
-    found: Found,
     tried: Mapping[str, Trials],
 ) -> Report:
     wanted = next((each.trial.targets for each in tried.values()), None)
@@ -90,7 +86,11 @@ def _report(
         "target", "within, % of each", "of all", "TTFT, ms", "TPOT, ms", "worst gap, ms",
     )  # fmt: skip
     for rate in plan.rates:
-        done = {name: loads[rate] for name, loads in found.items() if loads[rate]}
+        loads_of = {
+            name: [load for load in each.trial.loads if load.spec.rate == rate]
+            for name, each in tried.items()
+        }
+        done = {name: loads for name, loads in loads_of.items() if loads}
         if wanted is None or not done:
             continue
         rows = [_row(name, loads, wanted) for name, loads in done.items()]

@@ -7,10 +7,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvbaton import Client
 from scripts.gpu.parts import Result
@@ -76,12 +78,15 @@ def serve(
 def neighbour_share(cluster: Cluster) -> float:
     """Of the blocks that decode copied to its memory, as far as it has told of them."""
     time.sleep(HEARTBEATS_S)
-    counts = {"device": 0.0, "neighbour": 0.0}
-    for line in httpx.get(f"{cluster.base_url}/metrics").text.splitlines():
-        for name in counts:
-            if line.startswith(f"kvbaton_worker_{name}_blocks_total{{") and "decode" in line:
-                counts[name] += float(line.split()[-1])
-    return counts["neighbour"] / max(1.0, counts["device"])
+    counts: Counter[str] = Counter()
+    for family in text_string_to_metric_families(httpx.get(f"{cluster.base_url}/metrics").text):
+        for sample in family.samples:
+            if sample.labels.get("role") == "decode":
+                counts[sample.name] += sample.value  # type: ignore[assignment]
+    neighbours, all_of_them = (
+        counts[f"kvbaton_worker_{name}_blocks_total"] for name in ("neighbour", "device")
+    )
+    return neighbours / max(1, all_of_them)
 
 
 def answer(client: Client, prompt: list[int]) -> tuple[list[int], tuple[float, float]]:
