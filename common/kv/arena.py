@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 from common.config import StartError
+from common.locks import sweep
 
 _MAP_FIXED = 0x10
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -83,7 +84,7 @@ class LiveDisk:
         for path in sorted(Path(folder).glob(ARENA_PREFIX + "*")):
             arena = str(path).removesuffix(JOURNAL_SUFFIX)
             is_pair = Path(arena).exists() and Path(arena + JOURNAL_SUFFIX).exists()
-            if not (keep_journaled and is_pair) and _sweep(path):
+            if not (keep_journaled and is_pair) and sweep(path):
                 swept.append(str(path))
         return swept
 
@@ -155,24 +156,6 @@ def _lock(path: str, descriptor: int) -> None:
     raise ArenaError(
         f"another process uses the KV arena {path}: give each store its own --name or --bind"
     )
-
-
-def _sweep(path: Path) -> bool:
-    """Remove a file whose owner is dead."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return False  # another user's, or gone by now
-    try:
-        if not os.fstat(descriptor).st_size:
-            return False  # just made, and not locked yet
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False  # its owner is alive
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _no_room(path: str, num_bytes: int) -> NoRoomError:

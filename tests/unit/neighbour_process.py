@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from common.engine.cuda import memory
-from tests.unit.test_neighbours import HostSharing, name_of, workers
+from tests.unit.neighbours_world import HostSharing, name_of, workers
 
 
 def main() -> None:

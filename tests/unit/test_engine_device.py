@@ -22,7 +22,7 @@ from common.engine.work import Sampled, Work
 from common.kv.hashing import KEY_BYTES
 from kvbaton.sampling import SamplingParams
 from tests.unit.engine_models import GREEDY, NUM_BLOCKS, build, make_engine, random_tokens, whole
-from tests.unit.test_neighbours import HostSharing
+from tests.unit.neighbours_world import HostSharing
 
 
 def make_device_engine(folder: Path, num_blocks: int = 0, **options: Any) -> DeviceEngine:
@@ -74,7 +74,7 @@ def test_one_goes_on_from_what_the_other_has_on_the_same_device(
 ) -> None:
     build("llama", tmp_path)
     monkeypatch.setattr("common.engine.cuda.memory.default_folder", lambda: tmp_path / "pools")
-    monkeypatch.setattr(DeviceEngine, "_sharing", lambda _: HostSharing())
+    monkeypatch.setattr(DeviceEngine, "_make_sharing", lambda _: HostSharing)
     alone = make_device_engine(tmp_path)
     block_bytes, size = alone.info.layout.block_bytes, alone.info.layout.block_size
     arena = memoryview(bytearray(NUM_BLOCKS * block_bytes))
@@ -106,7 +106,7 @@ def test_an_engine_that_is_attached_anew_lets_go_of_its_first_pool(
     build("llama", tmp_path)
     pools = tmp_path / "pools"
     monkeypatch.setattr("common.engine.cuda.memory.default_folder", lambda: pools)
-    monkeypatch.setattr(DeviceEngine, "_sharing", lambda _: HostSharing())
+    monkeypatch.setattr(DeviceEngine, "_make_sharing", lambda _: HostSharing)
     engine = DeviceEngine(tmp_path, device="cpu")
     for _ in range(2):  # a worker's self test, and then its stores
         engine.attach(memoryview(bytearray(engine.info.layout.block_bytes)))

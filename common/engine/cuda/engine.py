@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from common.engine.attention.xformers import XformersAttention
 from common.engine.config import ModelError
 from common.engine.cuda.buckets import fits_a_graph
 from common.engine.cuda.graphs import CudaCapture, DecodeGraphs
-from common.engine.cuda.ipc import CudaIpc, SharingError
+from common.engine.cuda.ipc import CudaIpc
 from common.engine.cuda.layers import make_device_layers
 from common.engine.cuda.memory import ArenaFollower
 from common.engine.cuda.neighbours import Sharing
@@ -62,8 +63,9 @@ class DeviceEngine(TorchEngine):
         ModelError where the device has no room."""
         self._detach()
         num_blocks = self._num_blocks(len(arena) // self.info.layout.block_bytes)
-        sharing = self._sharing()
-        follower = ArenaFollower(self.info.layout, arena, num_blocks, self._device, sharing)
+        follower = ArenaFollower(
+            self.info.layout, arena, num_blocks, self._device, self._make_sharing()
+        )
         log.info("device_pool", device=str(self._device), num_blocks=num_blocks)
         self._follower = self.device_memory = follower
         self._cache = follower.pool
@@ -131,14 +133,10 @@ class DeviceEngine(TorchEngine):
                 log.warning("xformers_unavailable", reason=str(error), using="torch, slower")
         return GatheredAttention(shape, self._device)
 
-    def _sharing(self) -> Sharing | None:
+    def _make_sharing(self) -> Callable[[], Sharing] | None:
         if self._device.type != "cuda" or not self._cuda_ipc:
             return None
-        try:
-            return CudaIpc(self._device)
-        except SharingError as error:
-            log.warning("pool_not_shared", reason=str(error), using="the arena")
-            return None
+        return partial(CudaIpc, self._device)
 
     def _num_blocks(self, num_slots: int) -> int:
         """Blocks of the pool for an arena of `num_slots`."""

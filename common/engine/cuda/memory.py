@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -34,8 +34,8 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 
 class ArenaFollower:
-    """Implements work.DeviceMemory. `pool` is what steps read and write. With `sharing` other
-    processes on the device copy from it, and this one from theirs.
+    """Implements work.DeviceMemory. `pool` is what steps read and write. With `make_sharing`
+    other processes on the device copy from it, and this one from theirs, where that can be done.
 
     Decisions are taken under a lock, copies are made without it: fetches and saves on a thread of
     their own, beside the steps.
@@ -47,7 +47,7 @@ class ArenaFollower:
         arena: memoryview,
         num_blocks: int,
         device: torch.device,
-        sharing: Sharing | None = None,
+        make_sharing: Callable[[], Sharing] | None = None,
     ) -> None:
         """`num_blocks` blocks in the pool, and the spare one. Raises ValueError as KvCache does."""
         host = KvCache(layout, arena)
@@ -64,14 +64,14 @@ class ArenaFollower:
             threading.Lock()
         )  # while what nobody asked for is saved, none forgets it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copies")
-        neighbours = self._neighbours = self._join(sharing) if sharing else None
+        neighbours = self._neighbours = self._join(make_sharing) if make_sharing else None
         names = neighbours.names if neighbours else None
         self._residency = Residency(host.num_blocks, num_blocks + 1, names)
 
-    def _join(self, sharing: Sharing) -> Neighbours | None:
+    def _join(self, make_sharing: Callable[[], Sharing]) -> Neighbours | None:
         """None where the pool cannot be shared."""
         try:
-            return Neighbours(default_folder(), self.pool, sharing, self._copying)
+            return Neighbours(default_folder(), self.pool, make_sharing(), self._copying)
         except (SharingError, OSError) as error:
             log.warning("pool_not_shared", reason=str(error), using="the arena")
             return None

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from common.engine.cuda.copies import Copier, DevicePool
 from common.engine.cuda.ipc import SharingError
-from common.engine.cuda.notices import Notice, OwnNotice, is_locked, read_notice
+from common.engine.cuda.notices import Notice, OwnNotice, read_notice
 from common.engine.cuda.residency import NAME_WORDS, Copies, IntArray, NameArray, words_of
+from common.locks import is_locked
 
 log = structlog.get_logger()
 

@@ -11,7 +11,6 @@ import mmap
 import os
 import secrets
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ import numpy as np
 from common.engine.cuda.ipc import SharingError
 from common.engine.cuda.residency import NAME_ROWS, NAME_WORDS, NameArray
 from common.kv.layout import KvLayout
+from common.locks import sweep
 
 _HEAD_BYTES = 4096
 _LENGTH_BYTES = 4
@@ -46,7 +46,8 @@ class OwnNotice:
     def __init__(self, folder: Path, notice: Notice) -> None:
         """Raises SharingError for a folder that others may enter, OSError for lack of room."""
         _make_private(folder)
-        _sweep(folder)
+        for left in folder.glob(".*"):
+            sweep(left)
         self.path = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
         unfinished = folder / f".{self.path.name}"
         self._file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -85,33 +86,11 @@ def read_notice(file: int) -> tuple[Notice, NameArray]:
     return notice, _names(memory, notice.num_blocks)
 
 
-def is_locked(file: int) -> bool:
-    """Whether the file's owner lives."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
-
-
 def _names(memory: mmap.mmap, num_blocks: int) -> NameArray:
     """Raises ValueError where the file is too short for so many."""
     count = num_blocks * NAME_ROWS
     words = np.frombuffer(memory, dtype=np.uint64, count=count, offset=_HEAD_BYTES)
     return words.reshape(NAME_ROWS, num_blocks)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what those left who died before their file was whole."""
-    for path in folder.glob(".*"):
-        with suppress(OSError):
-            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                if os.fstat(file).st_size and not is_locked(file):  # an empty one is just made
-                    path.unlink()
-            finally:
-                os.close(file)
 
 
 def _make_private(folder: Path) -> None:
