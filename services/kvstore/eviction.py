@@ -120,6 +120,7 @@ class EvictionOrder:
     def victim(self, is_leaf: Callable[[int], bool]) -> int:
         """See Order. Others that are passed over go behind those of as many uses."""
         first_leaf = None
+        passed_over: list[int] = []  # out of their queues meanwhile, so that none is looked at twice
         for _ in range(min(_MOST_PASSED_OVER, len(self))):
             block = self._head()
             cached = self._cached[block]
@@ -128,10 +129,14 @@ class EvictionOrder:
                     break
                 first_leaf = block if first_leaf is None else first_leaf
                 cached.num_reprieves += 1
-            cached.placed_at = self._now
-            self._queues[cached.num_uses - 1].move_to_end(block)
+            del self._queues[cached.num_uses - 1][block]
+            passed_over.append(block)
         else:
-            block = self._head() if first_leaf is None else first_leaf
+            block = passed_over[0] if first_leaf is None else first_leaf
+        for other in passed_over:
+            cached = self._cached[other]
+            cached.placed_at = self._now
+            self._queues[cached.num_uses - 1][other] = None
         self.remove(block)
         return block
 

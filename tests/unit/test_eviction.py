@@ -83,8 +83,17 @@ def test_a_parent_outlives_its_children() -> None:
     assert order_of([0, 1, 2]).victim(lambda block: block == 2) == 2
 
 
+def test_a_leaf_that_was_used_more_goes_before_a_lone_parent_that_was_used_once() -> None:
+    order = order_of([0])
+    use(order, 0)
+    add(order, 1)
+    assert order.victim(lambda block: block == 0) == 0
+    assert victims_left(order) == [1]
+
+
 def test_without_a_leaf_the_coldest_goes() -> None:
     assert order_of([4, 5]).victim(lambda _: False) == 4
+    assert order_of(range(100)).victim(lambda _: False) == 0
 
 
 def test_a_cold_block_goes_back_to_where_it_was() -> None:
