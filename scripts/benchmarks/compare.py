@@ -11,7 +11,7 @@ with; where --ttft is a multiple, it is of the first one's unloaded time in the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from scripts.benchmarks.attainment import Targets
 from scripts.benchmarks.measure import spread
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_tables, goodput_text
+from scripts.benchmarks.trial_tables import add_bound, add_goodputs, add_tables, in_both
 from scripts.benchmarks.trials import Plan, Trial, Trials, last_of, make_plan
 
 Found = Mapping[str, list[Trial]]  # one trial a round, by target
@@ -95,19 +95,10 @@ def _report(options: argparse.Namespace, plan: Plan, setting: Setting, found: Fo
         if not load.spec.rate or load.spec.rate in plan.rates:
             _add_figures(report, found, load.title)
     if plan.is_goodput:
-        _add_goodput(report, found)
-        for name, tried in found.items():
-            report.note(f"{name}: {goodput_text(tried, plan.precision)}")
+        goodputs = {name: [trial.goodput for trial in tried] for name, tried in found.items()}
+        add_goodputs(report, goodputs, plan.precision)
         add_bound(report, base, options.prefill, len(setting.cores))
     return report
-
-
-def _in_both(
-    own: Sequence[float | None], base: Sequence[float | None]
-) -> list[tuple[float, float]]:
-    """The figures of each round that has both: one that was ended early may lack them."""
-    pairs = zip(own, base, strict=False)
-    return [(mine, its) for mine, its in pairs if mine is not None and its is not None]
 
 
 def _add_figures(report: Report, found: Found, title: str) -> None:
@@ -122,7 +113,7 @@ def _add_figures(report: Report, found: Found, title: str) -> None:
     for target, own in values.items():
         cells = [target]
         for name, scale, digits in zip(names, (1, 1e3, 1e3, 1e3), (2, 0, 1, 1), strict=True):
-            pairs = _in_both(own[name], base[name])
+            pairs = in_both(own[name], base[name])
             if not pairs:
                 cells += ["", ""]
                 continue
@@ -144,22 +135,3 @@ def _figure(trial: Trial, title: str, name: str) -> float | None:
             figures = load.figures(None)
             return (figures[name] if name in figures else load.percentiles(name)[0]) or None
     return None
-
-
-def _add_goodput(report: Report, found: Found) -> None:
-    rows = []
-    goodputs = {name: [trial.goodput for trial in tried] for name, tried in found.items()}
-    base = next(iter(goodputs.values()))
-    for target, own in goodputs.items():
-        pairs = _in_both(own, base)
-        if not pairs:
-            continue
-        goodput = spread(mine for mine, _ in pairs)
-        report.figures[target]["goodput"] = goodput
-        ratios = [its / mine for mine, its in pairs if mine]  # nothing is so many times nothing
-        if ratios:
-            report.figures[target]["first_over_this"] = spread(ratios)
-        times = spread(ratios).text(digits=2) if ratios else ""
-        rows.append((target, goodput.text(digits=3), times))
-    columns = ("target", "goodput, requests/s", "the first is so many times as good")
-    report.table("goodput: median (p10 to p90) of rounds", columns, rows)

@@ -91,7 +91,7 @@ def _report(
     for number, trial in enumerate(found, 1):
         add_tables(report, f"round {number}, {trial.targets}", trial)
     if plan.is_goodput and (last := last_of(found)):
-        report.note(goodput_text(found, plan.precision))
+        report.note(goodput_text([trial.goodput for trial in found], plan.precision))
         num_prefill = options.prefill if options.mode == "disaggregated" else len(setting.cores)
         add_bound(report, last, num_prefill, len(setting.cores))
     return report

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scripts.benchmarks.attainment import Targets
 from scripts.benchmarks.loads import Load
+from scripts.benchmarks.measure import spread
 from scripts.benchmarks.queueing import rate_bound
 from scripts.benchmarks.report import Report
 from scripts.benchmarks.trials import Trial
@@ -117,9 +118,38 @@ def add_bound(report: Report, trial: Trial, num_prefill: int, num_cores: int) ->
         )
 
 
-def goodput_text(trials: Sequence[Trial], precision: float) -> str:
+def add_goodputs(
+    report: Report, goodputs: Mapping[str, Sequence[float | None]], precision: float
+) -> None:
+    """What was found of each server in each round, beside the first."""
+    rows = []
+    base = next(iter(goodputs.values()))
+    for target, own in goodputs.items():
+        pairs = in_both(own, base)
+        if not pairs:
+            continue
+        report.note(f"{target}: {goodput_text(own, precision)}")
+        goodput = spread(mine for mine, _ in pairs)
+        figures = report.figures.setdefault(target, {})
+        figures["goodput"] = goodput
+        ratios = [its / mine for mine, its in pairs if mine]  # nothing is so many times nothing
+        if ratios:
+            figures["first_over_this"] = spread(ratios)
+        times = spread(ratios).text(digits=2) if ratios else ""
+        rows.append((target, goodput.text(digits=3), times))
+    columns = ("target", "goodput, requests/s", "the first is so many times as good")
+    report.table("goodput: median (p10 to p90) of rounds", columns, rows)
+
+
+def in_both(own: Sequence[float | None], base: Sequence[float | None]) -> list[tuple[float, float]]:
+    """The figures of each round that has both: one that was ended early may lack them."""
+    pairs = zip(own, base, strict=False)
+    return [(mine, its) for mine, its in pairs if mine is not None and its is not None]
+
+
+def goodput_text(goodputs: Sequence[float | None], precision: float) -> str:
     """What was found in each round."""
-    found = ", ".join(f"{trial.goodput:.3g}" for trial in trials if trial.goodput is not None)
+    found = ", ".join(f"{goodput:.3g}" for goodput in goodputs if goodput is not None)
     return (
         f"goodput {found} requests/s (bisection to {precision:.0%}, met once more in its own run)"
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from scripts.benchmarks.load_generator import LoadSpec
 from scripts.benchmarks.loads import Load, run_load
 from scripts.benchmarks.measure import core_list
 from scripts.benchmarks.progress import say
-from scripts.benchmarks.search import confirm, find_rate
+from scripts.benchmarks.search import Search, confirm, find_rate
 from scripts.benchmarks.servers import Server
 
 _WARM_UP = 8  # requests, two at a time: compilers, caches, estimates
@@ -97,13 +98,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N requests at the same moment; shows decode steps of N",
     )
-    add("--goodput", action="store_true", help="find the highest rate within both targets")
     add("--closed-requests", type=int, default=24, metavar="N", help="of each other load")
-    add("--precision", type=float, default=0.08, help="of the goodput (default: 0.08)")
 
 
 def add_open_options(parser: argparse.ArgumentParser) -> None:
-    """Loads at rates, and targets."""
+    """Loads at rates, targets, and the search for the goodput."""
     add = parser.add_argument
     add("--mix", default="512/64", help="PROMPT/OUTPUT[/SHARED] tokens, or trace (default: 512/64)")
     add("--rate", type=float, nargs="+", default=[], metavar="R", help="R requests a second")
@@ -111,6 +110,8 @@ def add_open_options(parser: argparse.ArgumentParser) -> None:
     add("--tpot", type=float, default=0.04, metavar="S", help="target in s (default: 0.04)")
     add("--attain", type=float, default=0.9, metavar="SHARE", help="to meet both (default: 0.9)")
     add("--requests", type=int, default=100, metavar="N", help="of each open load (default: 100)")
+    add("--goodput", action="store_true", help="find the highest rate within both targets")
+    add("--precision", type=float, default=0.08, help="of the goodput (default: 0.08)")
     add("--load-cores", metavar="CORES", help="of the load generator (default: any)")
 
 
@@ -148,11 +149,12 @@ class Trials:
         self._plan = plan
         self._server = served
         self._fixed = targets
+        self._is_met_alone = False
 
     def run(self, start: float | None = None) -> None:
         """All of it. `start`: where to look for the goodput first."""
         plan, trial = self._plan, self.trial
-        alone = self.begin()
+        self.begin()
         for clients in plan.bursts:
             count = -(-max(plan.num_closed, clients) // clients) * clients
             self._keep(
@@ -160,14 +162,13 @@ class Trials:
             )
         for rate in plan.rates:
             self.open(rate, plan.seed)
-        if plan.is_goodput and alone.meets(self._targets):
-            trial.goodput = self._goodput(start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s)
-        elif plan.is_goodput:
-            trial.goodput = 0.0  # what is missed alone is missed at any rate
+        if plan.is_goodput:
+            for _ in self.find_goodput(start, plan.seed):
+                pass
         trial.is_whole = True
 
-    def begin(self) -> Load:
-        """Warm up, some at once, and what follows from the one alone, which is returned."""
+    def begin(self) -> None:
+        """Warm up, some at once, and what follows from the one alone."""
         plan, trial = self._plan, self.trial
         self._load("warm up", clients=2, count=_WARM_UP)
         for clients in plan.closed:
@@ -178,7 +179,7 @@ class Trials:
             alone = self._load("alone", clients=1, count=_WARM_UP)
         trial.unloaded_ttft_s = alone.percentiles("ttft_s")[0]
         trial.targets = self._fixed or plan.targets(trial.unloaded_ttft_s)
-        return alone
+        self._is_met_alone = alone.meets(trial.targets)
 
     def open(self, rate: float, seed: int) -> Load:
         """So many requests a second; `seed` fixes when they come."""
@@ -189,19 +190,32 @@ class Trials:
         assert self.trial.targets is not None, "begin first"
         return self.trial.targets
 
-    def _goodput(self, start: float) -> float:
-        """Found by bisection, then met once more by arrivals of another pattern."""
-        plan, targets = self._plan, self._targets
-        seeds = iter(range(plan.seed + 1, plan.seed + 1000))
+    def find_goodput(self, start: float | None, seed: int) -> Generator[None, None, None]:
+        """By bisection, then met once more by arrivals of another pattern; a load at each step."""
+        plan, trial = self._plan, self.trial
+        if not self._is_met_alone:
+            trial.goodput = 0.0  # what is missed alone is missed at any rate
+            return
+        first = start or _BEFORE_FIRST_RATE / trial.unloaded_ttft_s
+        found = yield from self._search(find_rate(first, plan.precision), itertools.repeat(seed))
+        others = itertools.count(seed + 1)
+        trial.goodput = yield from self._search(confirm(found, plan.precision), others, ", again")
 
-        def meets(rate: float) -> bool:
-            return self._keep(self._open(rate, plan.seed, targets)).meets(targets)
-
-        def meets_again(rate: float) -> bool:
-            load = self._open(rate, next(seeds), targets)
-            return self._keep(replace(load, title=f"{load.title}, again")).meets(targets)
-
-        return confirm(meets_again, find_rate(meets, start, plan.precision), plan.precision)
+    def _search(
+        self, search: Search, seeds: Iterable[int], title: str = ""
+    ) -> Generator[None, None, float]:
+        """Try what it asks for. `title`: what to add to those of the loads."""
+        targets = self._targets
+        try:
+            rate = next(search)
+            for seed in seeds:
+                load = self._open(rate, seed, targets)
+                self._keep(replace(load, title=load.title + title))
+                yield
+                rate = search.send(load.meets(targets))
+        except StopIteration as ended:
+            return float(ended.value)
+        raise AssertionError("seeds have no end")
 
     def _keep(self, load: Load) -> Load:
         self.trial.loads.append(load)

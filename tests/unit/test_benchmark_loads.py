@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from scripts.benchmarks.clusters import service_settings
 from scripts.benchmarks.http_streams import Streamed, request_bytes
 from scripts.benchmarks.measure import core_list
 from scripts.benchmarks.queueing import rate_bound, waits_at_most
-from scripts.benchmarks.search import confirm, find_rate
+from scripts.benchmarks.search import Search, confirm, find_rate
 
 _HEAD = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=10\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -79,6 +80,16 @@ def test_a_request_counts_if_it_meets_both_targets() -> None:
     assert most_missed(10, 1.0) == 0
 
 
+def _found(search: Search, meets: Callable[[float], bool]) -> float:
+    """What it finds where rates do that."""
+    try:
+        rate = next(search)
+        while True:
+            rate = search.send(meets(rate))
+    except StopIteration as ended:
+        return float(ended.value)
+
+
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 1.5, 30.0])
 @pytest.mark.parametrize("true", [0.2, 1.0, 1.234, 80.0])
 def test_bisection_ends_within_its_precision_below_the_true_rate(
@@ -91,7 +102,7 @@ def test_bisection_ends_within_its_precision_below_the_true_rate(
         asked.append(rate)
         return rate <= true
 
-    found = find_rate(meets, start, 0.05)
+    found = _found(find_rate(start, 0.05), meets)
     assert true / 1.05 <= found <= true
     assert found in asked
     assert len(asked) == len(set(asked)) < 30
@@ -104,9 +115,9 @@ def test_no_rate_is_found_where_none_meets_the_targets() -> None:
         asked.append(rate)
         return False
 
-    assert find_rate(misses, 2.0, 0.1) == 0
+    assert _found(find_rate(2.0, 0.1), misses) == 0
     assert min(asked) > 2.0 / 70  # a lower one would take for ever
-    assert find_rate(lambda _: True, 1.0, 0.1) > 1000  # and the search ends
+    assert _found(find_rate(1.0, 0.1), lambda _: True) > 1000  # and the search ends
 
 
 def test_a_found_rate_is_lowered_until_a_run_of_its_own_meets_the_targets() -> None:
@@ -116,9 +127,10 @@ def test_a_found_rate_is_lowered_until_a_run_of_its_own_meets_the_targets() -> N
         asked.append(rate)
         return len(asked) == 3
 
-    assert confirm(meets, 1.0, 0.1) == pytest.approx(1 / 1.21)
+    assert _found(confirm(1.0, 0.1), meets) == pytest.approx(1 / 1.21)
     assert asked == pytest.approx([1.0, 1 / 1.1, 1 / 1.21])
-    assert confirm(lambda _: False, 1.0, 0.5) == 0
+    assert _found(confirm(1.0, 0.5), lambda _: False) == 0
+    assert _found(confirm(0.0, 0.5), lambda _: True) == 0
 
 
 def test_waiting_times_are_those_of_a_simulated_queue() -> None:

@@ -18,7 +18,7 @@ from scripts.benchmarks.load_generator import End, LoadSpec
 from scripts.benchmarks.loads import Load, Used
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Busy, Server
-from scripts.benchmarks.trials import Trial
+from scripts.benchmarks.trial_tables import add_goodputs
 
 
 def _rounds(done: list[int], ends_after: int) -> Generator[None, None, None]:
@@ -144,6 +144,33 @@ def test_servers_alternate_under_the_same_arrivals(monkeypatch: pytest.MonkeyPat
     report.show()
 
 
+def test_searches_for_the_goodput_go_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[tuple[str, float | None, int]] = []
+    most = {"one": 2.0, "other": 1.0, "never": 0.0}
+
+    def run_load(title: str, spec: LoadSpec, server: Server, _cores: object) -> Load:
+        loads.append((server.url, spec.rate, spec.seed))
+        late = not most[server.url] or (spec.rate or 0) > most[server.url]
+        outcome = Outcome(0, ttft_s=9.0 if late else 0.1, tpot_s=0.01)
+        return Load(title, spec, [outcome] * spec.count, seconds=2.0)
+
+    monkeypatch.setattr(targets, "server", lambda name, _: nullcontext(Server(name, "demo")))
+    monkeypatch.setattr(trials, "run_load", run_load)
+    given = ("--goodput", "--precision", "0.1", "--rounds", "2")
+    report = alternate.run(_options("one", "other", "never", *given, case=alternate))
+    for name in ("one", "other"):
+        assert len(found := report.figures[name]["goodputs"]) == 2
+        assert all(most[name] / 1.1 <= each <= most[name] for each in found)
+    assert report.figures["never"]["goodputs"] == [0.0, 0.0]  # missed alone, so never asked
+    searched = [(name, rate, seed) for name, rate, seed in loads if rate]
+    seed = searched[0][2]
+    assert [name for name, *_ in searched[:6]] == ["one", "other"] * 3
+    second = next(number for number, each in enumerate(searched) if each[2] == seed + 1000)
+    assert [name for name, *_ in searched[second : second + 6]] == ["other", "one"] * 3
+    assert {each for *_, each in searched[:second]} == {seed, seed + 1}
+    report.show()
+
+
 def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "server", lambda *_: nullcontext(Server("", "")))
     monkeypatch.setattr(trials, "run_load", _fake_load(ends_at=1))
@@ -153,11 +180,9 @@ def test_a_report_of_nothing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_ratio_is_told_to_a_server_without_goodput() -> None:
-    goodputs = {"one": [0.8, 0.6], "two": [0.0, 0.3], "three": [0.0, 0.0]}
-    found = {name: [Trial(goodput=each) for each in given] for name, given in goodputs.items()}
     report = Report("a case", {})
-    report.figures |= {name: {} for name in found}
-    compare._add_goodput(report, found)
+    goodputs = {"one": [0.8, 0.6], "two": [0.0, 0.3], "three": [0.0, 0.0]}
+    add_goodputs(report, goodputs, precision=0.1)
     assert report.figures["two"]["first_over_this"].median == pytest.approx(2.0)
     assert report.figures["two"]["first_over_this"].count == 1
     assert report.figures["three"]["goodput"].median == 0
