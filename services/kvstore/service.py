@@ -21,7 +21,6 @@ import asyncio
 
 import structlog
 
-from common.cluster_metrics import StoreRow, store_families
 from common.kv.arena import ArenaError
 from common.kv.layout import KvLayout
 from common.messages import (
@@ -36,9 +35,7 @@ from common.messages import (
     Welcome,
     decoder,
 )
-from common.messages import Members as MembersMessage
 from common.messages.rights import RIGHTS
-from common.metrics import exposition, render
 from common.metrics_port import MetricsPort
 from common.net.addresses import advertised
 from common.net.nixl import Agent
@@ -46,7 +43,6 @@ from common.net.server import Server
 from common.service import Seams, Tasks
 from kvbaton.errors import ProtocolError, UnavailableError
 from services.kvstore.admin import Admin, Question
-from services.kvstore.audit_rows import handoffs_by_state
 from services.kvstore.broker import Broker
 from services.kvstore.config import StoreConfig
 from services.kvstore.data import DataServer
@@ -54,7 +50,9 @@ from services.kvstore.disk.secret import load_or_make_secret
 from services.kvstore.journal import Worker, model_digest
 from services.kvstore.members import Members
 from services.kvstore.memory import StoreMemory
+from services.kvstore.news import News
 from services.kvstore.serving import Serving, disk_folder
+from services.kvstore.worker_hello import check_worker, is_served
 from services.kvstore.writers import Writers, is_same_process
 
 log = structlog.get_logger()
@@ -86,17 +84,23 @@ class KvStore:
             broker=lambda: self.broker,
         )
         self._peers: dict[str, bytes] = {}  # member id -> routing id
-        self._shown: MembersMessage | None = None  # what gateways were told last
         self._server: Server | None = None
         self._data: DataServer | None = None
-        self._metrics = MetricsPort(self.metrics)
+        self.news = News(
+            config.name,
+            self._members,
+            serving=lambda: self.serving,
+            counted=self._counted,
+            send=self._send,
+        )
+        self._metrics = MetricsPort(self.news.metrics)
 
     # ---- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Have an arena and bind. Raises ArenaError or TransportError."""
         config = self.config
-        self._seams.notifier.describe = self._describe
+        self._seams.notifier.describe = self.news.describe
         self._seams.notifier.status("reserving the arena")
         self._memory.open()
         if self._memory.left_secret is not None:
@@ -199,8 +203,8 @@ class KvStore:
         self._watch(member)
         log.info("member_joined", name=member.name, role=member.role, member=member.member_id)
         if member.role == "gateway":
-            self._shown = None
-            asyncio.get_running_loop().call_soon(self._show_members)  # after the welcome
+            # After the welcome.
+            asyncio.get_running_loop().call_soon(self.news.tell_again)
         return Welcome(
             instance_id=self._instance_id,
             heartbeat_s=self.config.heartbeat_s,
@@ -211,33 +215,17 @@ class KvStore:
             num_blocks=num_blocks,
         )
 
-    def _check_model(self, member: Member) -> int:
-        """Number of blocks for this worker. The first worker decides the model and its layout, and
-        so does the first after all others have gone."""
-        layout = member.layout
-        if layout is None:
-            raise ProtocolError("a worker's hello must carry its layout", field="layout")
-        former = self.serving
-        same = former is not None and (layout, member.fingerprint) == (
-            former.layout,
-            former.fingerprint,
+    def _check_model(self, worker: Member) -> int:
+        """Number of blocks for this worker. Raises KvbatonError to refuse it."""
+        layout = check_worker(
+            worker,
+            self.serving,
+            num_workers=self._members.num_workers(),
+            kv_bytes=self.config.kv_bytes,
         )
-        if not same and former is not None and self._members.num_workers():
-            raise ProtocolError(
-                f"the cluster serves model {former.fingerprint[:12]} with KV {former.layout}, "
-                f"this worker {member.fingerprint[:12]} with {layout}: workers must load the same "
-                "model with the same dtype, quantization and kv_cache_dtype",
-                field="fingerprint",
-            )
-        if not member.endpoint or member.max_num_seqs < 1:  # scripts/doctor asks no more than this
-            raise ProtocolError(
-                "a worker's hello must carry endpoint and max_num_seqs", field="endpoint"
-            )
-        if self.config.kv_bytes // layout.block_bytes < 2:
-            raise ProtocolError(
-                f"--kv-bytes {self.config.kv_bytes} holds no two KV blocks of {layout.block_bytes}"
-            )
-        serving = former if former is not None and same else self._serve(member, layout)
+        serving = self.serving
+        if serving is None or not is_served(worker, serving):
+            serving = self._serve(worker, layout)
         return serving.num_blocks
 
     def _serve(self, worker: Member, layout: KvLayout) -> Serving:
@@ -304,7 +292,7 @@ class KvStore:
                 serving.stopped(member_id)
         if serving is not None:
             serving.broker.admit()
-        self._show_members()
+        self.news.tell()
 
     def _is_current(self, peer: bytes, member_id: str) -> bool:
         assert self._server is not None
@@ -317,7 +305,7 @@ class KvStore:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.config.heartbeat_s)
-            self._show_members()
+            self.news.tell()
 
     async def _expire(self) -> None:
         """Lose those who were silent for too long, at once when it is too long."""
@@ -327,54 +315,15 @@ class KvStore:
                 self._lose(member_id, "it was silent", stopped=False)
             await asyncio.sleep(max(_LEAST_SLEEP_S, self._members.next_expiry(now) - now))
 
-    def _describe(self) -> str:
-        """For the status that the supervisor shows."""
-        text = f"serving: {len(self._members.everyone())} members"
-        if self.serving is None:
-            return f"{text}, no worker yet"
-        ledger = self.serving.ledger
-        pool = ledger.pool
-        return (
-            f"{text}, {len(ledger.handoffs)} handoffs, "
-            f"{pool.num_available} of {pool.num_blocks} blocks free or cached"
-        )
-
-    def _show_members(self) -> None:
-        """Tell the gateways, if there is news."""
-        news = MembersMessage(members=self._members.workers())
-        if self.serving is not None:
-            ledger = self.serving.ledger
-            news.blocks = ledger.pool.counts()
-            news.handoffs, news.counters = handoffs_by_state(ledger), self.counters()
-            news.num_handoffs, news.num_waiting = len(ledger.handoffs), ledger.num_waiting
-        if news == self._shown:
-            return
-        self._shown = news
-        for gateway in self._members.gateways():
-            self._send(gateway.member_id, news)
-
-    def counters(self) -> dict[str, float]:
-        """For /metrics of the gateways."""
+    def _counted(self) -> dict[str, float]:
         assert self._server is not None
         assert self._data is not None
         return {
-            **(self.serving.counters() if self.serving else {}),
             "blocks_corrupt_total": self.num_corrupt,
             "bytes_in_total": self._data.num_bytes_in,
             "bytes_out_total": self._data.num_bytes_out,
             "messages_refused_total": self._server.refusals.num + self._data.num_refused,
         }
-
-    def metrics(self) -> bytes:
-        """For its own /metrics."""
-        ledger = self.serving.ledger if self.serving is not None else None
-        row = StoreRow(
-            self.config.name,
-            ledger.pool.counts() if ledger is not None else {},
-            handoffs_by_state(ledger) if ledger is not None else {},
-            self.counters(),
-        )
-        return exposition() + render(store_families([row]))
 
     # ---- messages -------------------------------------------------------------------------------
 
@@ -405,7 +354,7 @@ class KvStore:
             load, counts = message.load, message.counts
             if self._members.heard(member.member_id, load, message.ready, now, counts):
                 log.info("member_ready", name=member.name, member=member.member_id)
-                self._show_members()
+                self.news.tell()
             return Ok()
         if isinstance(message, Leave):
             self._lose(member.member_id, "it left", stopped=True)

@@ -184,7 +184,7 @@ async def _run(seed: int, plan: Plan, report: Report) -> None:
             await _probe(cluster, report.broken)
             await _come_to_rest(cluster, report.broken)
             for store in cluster.stores:
-                stats = store.counters()
+                stats = store.news.counters()
                 if "disk_bytes" in stats:
                     written, loaded = (
                         int(stats["disk_blocks_written"]),

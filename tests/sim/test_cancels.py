@@ -183,7 +183,7 @@ class Canceller:
         for store in self._cluster.stores:
             broker = store.broker
             assert broker is not None
-            for waiting_id, (_, call_id) in broker._waiting_calls.items():
+            for waiting_id, (_, call_id) in broker.aborting.waiting_calls.items():
                 if open_call_id and call_id == open_call_id:
                     handoff_id = waiting_id
             if handoff_id in broker.ledger.handoffs:

@@ -65,12 +65,12 @@ def test_others_with_the_same_beginning_wait_for_one_load() -> None:
         async with SimCluster(World(1), SHAPE) as cluster:
             await fill(cluster, range(5, 35))
             (store,) = cluster.stores
-            assert store.counters()["disk_blocks_loaded"] == 0
+            assert store.news.counters()["disk_blocks_loaded"] == 0
             streams = [cluster.submit(prompt(5), 3) for _ in range(6)]
             for stream in streams:
                 assert await output_of(stream) == mock_output(prompt(5), 3)
                 assert stream.num_cached_tokens == 20 * BLOCK
-            assert 0 < store.counters()["disk_blocks_loaded"] <= 20
+            assert 0 < store.news.counters()["disk_blocks_loaded"] <= 20
             await cluster.settle()
 
     simulate(main())
@@ -85,10 +85,10 @@ def test_what_is_sooner_computed_is_not_loaded() -> None:
             world.drive.bytes_per_s = 50 * MOCK_LAYOUT.block_bytes  # 800 tokens a second
             first = await serve(cluster, prompt(5))  # tried once: its speed is not known
             assert first > 0
-            num_loaded = store.counters()["disk_blocks_loaded"]
+            num_loaded = store.news.counters()["disk_blocks_loaded"]
             assert num_loaded > 0
             assert await serve(cluster, prompt(6)) < 20 * BLOCK
-            assert store.counters()["disk_blocks_loaded"] == num_loaded
+            assert store.news.counters()["disk_blocks_loaded"] == num_loaded
             await cluster.settle()
 
     simulate(main())
@@ -125,7 +125,7 @@ def test_from_a_bad_disk_nothing_comes_but_slowness(fault: str) -> None:
             for number in range(5, 35):
                 await serve(cluster, prompt(number))
             assert world.drive.struck[fault] > 0
-            stats = cluster.stores[0].counters()
+            stats = cluster.stores[0].news.counters()
             if fault in ("full", "write_error", "torn"):
                 assert stats["disk_write_errors"] > 0
                 assert stats["disk_is_failing"]
@@ -134,7 +134,7 @@ def test_from_a_bad_disk_nothing_comes_but_slowness(fault: str) -> None:
             world.drive.on.clear()
             await cluster.settle()
             await fill(cluster, range(40, 60))
-            assert not cluster.stores[0].counters()["disk_is_failing"]
+            assert not cluster.stores[0].news.counters()["disk_is_failing"]
             await cluster.settle()
 
     simulate(main())
@@ -146,10 +146,10 @@ def test_a_disk_with_less_room_than_memory_is_not_written_for_ever() -> None:
         async with SimCluster(World(1), shape) as cluster:
             await fill(cluster, range(5, 15))
             await asyncio.sleep(HEARTBEAT_S)
-            num_written = cluster.stores[0].counters()["disk_blocks_written"]
+            num_written = cluster.stores[0].news.counters()["disk_blocks_written"]
             assert num_written > 0
             await asyncio.sleep(30 * HEARTBEAT_S)
-            assert cluster.stores[0].counters()["disk_blocks_written"] == num_written
+            assert cluster.stores[0].news.counters()["disk_blocks_written"] == num_written
 
     simulate(main())
 
@@ -188,7 +188,7 @@ def test_a_block_is_loaded_once_for_a_prompt_though_memory_is_too_small_for_all(
             for stream, tokens in zip(streams, (large, prompt(6), prompt(7)), strict=True):
                 assert await output_of(stream) == mock_output(tokens, 3)
             assert await output_of(running) == mock_output(prompt(60, 40), 400)
-            assert cluster.stores[0].counters()["disk_blocks_loaded"] <= 100 + 2 * 20
+            assert cluster.stores[0].news.counters()["disk_blocks_loaded"] <= 100 + 2 * 20
             await cluster.settle()
 
     simulate(main())
@@ -205,10 +205,10 @@ def test_a_disk_that_hangs_holds_up_nobody_for_long_and_says_so() -> None:
             for number in (5, 6, 7):
                 await serve(cluster, prompt(number))
             assert now() - began_at < 10
-            assert cluster.stores[0].counters()["disk_is_failing"]
+            assert cluster.stores[0].news.counters()["disk_is_failing"]
             world.drive.latency_s = 1e-4
             await asyncio.sleep(900)
-            assert not cluster.stores[0].counters()["disk_is_failing"]
+            assert not cluster.stores[0].news.counters()["disk_is_failing"]
             await cluster.settle()
 
     simulate(main(), limit_s=2000)

@@ -147,7 +147,7 @@ def test_each_process_shows_its_own() -> None:
             assert counts.busy_s == counts.step_s > 0
             assert counts.arithmetic_s == pytest.approx(counts.step_s)
         (store,) = cluster.stores
-        text = store.metrics().decode()
+        text = store.news.metrics().decode()
         blocks = {family.name: family for family in text_string_to_metric_families(text)}
         held = blocks["kvbaton_kv_blocks"].samples
         assert sum(sample.value for sample in held) == cluster.shape.num_blocks

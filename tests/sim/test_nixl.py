@@ -56,7 +56,7 @@ def test_bytes_go_through_memory_both_ways_and_none_in_frames() -> None:
             assert counts[True] == 0 < counts[False]
             assert verbs == {"read": 300 * BLOCK_BYTES, "write": 300 * BLOCK_BYTES}
             (store,) = cluster.stores
-            counters = store.counters()
+            counters = store.news.counters()
             assert counters["bytes_in_total"] == counters["bytes_out_total"] == verbs["read"]
             await cluster.settle()
 

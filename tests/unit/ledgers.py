@@ -68,6 +68,12 @@ def commit(ledger: Ledger, handoff: Handoff, member: str = PREFILL, num_blocks: 
     )
 
 
+def filling_with_one_committed(ledger: Ledger, tokens: list[int]) -> Handoff:
+    handoff = filling(ledger, tokens)
+    commit(ledger, handoff)
+    return handoff
+
+
 def sealed(ledger: Ledger, tokens: list[int]) -> Handoff:
     handoff = filling(ledger, tokens)
     while handoff.num_committed < len(tokens) // 2:

@@ -142,7 +142,7 @@ class Store:
             ledger.num_reserved += num_reserved
         ledger._waiting = deque(ledger.handoffs[f"h{number}"] for number in state.waiting)
         ledger._no_room = ledger._room()
-        self.broker._waiting_calls = {
+        self.broker.aborting.waiting_calls = {
             f"h{number}": (member_id(process, incarnation), call_id)
             for number, process, incarnation, call_id in state.calls
         }
@@ -150,7 +150,7 @@ class Store:
     def freeze(self) -> tuple[StoreState, tuple[int, ...]]:
         """The state, and what each block is called in it."""
         ledger, pool = self.ledger, self.ledger.pool
-        calls = self.broker._waiting_calls.items()
+        calls = self.broker.aborting.waiting_calls.items()
         return canonical(
             StoreState(
                 members=tuple(self.members),
