@@ -4,8 +4,9 @@ pair is expected to take. Pure.
 For each pair the first token is expected after what the worker has before it, the transfer of
 cached blocks that it has no copy of, and the computing of the rest; each later one after a step of
 the decode worker with this request in its batch. Of the pairs that meet the request's targets the
-one with the least work is taken, so that what is loaded is spared, and of equal ones the soonest.
-If none does, or it has no targets, it is the one that serves it soonest and delays others least. A
+one is taken where its work and its wait for the first token are least in sum: work is spared, but
+not by a line before one worker while another is idle. If none does, or it has no targets, it is the
+one that serves it soonest and delays others least. A
 decode worker pairs with itself where it may compute the prompt too: a short one, one for whose
 chunks the targets of those that run there leave time (services/decode/pace.py), or one whose KV
 would take longer to move (break_even.py). A prefill worker keeps what it has computed, and decodes
@@ -238,17 +239,16 @@ class _Judge(Generic[C]):
             and wanted.waited_s + ttft_s <= self._ttft_limit_s
             and tpot_s <= self._tpot_limit_s
         )
-        soon = 0
         if meets and wanted.ttft_target_s:
-            score_s = first.transfer_s + first.work_s + moved.transfer_s + answer_s
-            soon = _rough(ttft_s)  # of those with as much work, the first
+            work_s = first.transfer_s + first.work_s + moved.transfer_s + answer_s
+            score_s = work_s + ttft_s
         else:  # decode fetches what is computed while the rest is
             late_s = max(0.0, moved.transfer_s - first.compute_s)
             score_s = ttft_s + late_s + answer_s + first.delays_s
         if wanted.session:
             score_s *= 1 - _SESSION_BONUS * len({prefill.name, decode.name} & set(wanted.session))
         turn = (prefill.num_placed, decode.num_placed)
-        rank = (decode.crowding, not meets, _rough(score_s), soon, *turn)
+        rank = (decode.crowding, not meets, _rough(score_s), *turn)
         return _Pair(prefill, decode, first, tpot_s, move, meets, rank)
 
 
@@ -361,7 +361,7 @@ def _reason(wanted: Wanted, best: _Pair[C], pairs: Sequence[_Pair[C]]) -> str:
     elif not (wanted.ttft_target_s or wanted.tpot_target_s):
         why = "it is expected to serve the request soonest"
     elif best.meets:
-        why = "it meets the targets with the least work"
+        why = "it meets the targets, with the least work and waiting"
     else:
         why = "none meets the targets, and it comes closest"
     if {best.prefill.name, best.decode.name} & set(wanted.session):
