@@ -6,7 +6,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -202,20 +202,19 @@ class Trials:
         trial.goodput = yield from self._search(confirm(found, plan.precision), others, ", again")
 
     def _search(
-        self, search: Search, seeds: Iterable[int], title: str = ""
+        self, search: Search, seeds: Iterator[int], title: str = ""
     ) -> Generator[None, None, float]:
-        """Try what it asks for. `title`: what to add to those of the loads."""
+        """Try what it asks for. `seeds` have no end. `title`: what to add to those of the loads."""
         targets = self._targets
         try:
             rate = next(search)
-            for seed in seeds:
-                load = self._open(rate, seed, targets)
+            while True:
+                load = self._open(rate, next(seeds), targets)
                 self._keep(replace(load, title=load.title + title))
                 yield
                 rate = search.send(load.meets(targets))
         except StopIteration as ended:
             return float(ended.value)
-        raise AssertionError("seeds have no end")
 
     def _keep(self, load: Load) -> Load:
         self.trial.loads.append(load)

@@ -120,9 +120,7 @@ class EvictionOrder:
     def victim(self, is_leaf: Callable[[int], bool]) -> int:
         """See Order. Others that are passed over go behind those of as many uses."""
         first_leaf = None
-        passed_over: list[
-            int
-        ] = []  # out of their queues meanwhile, so that none is looked at twice
+        passed_over: list[int] = []  # out of their queues, so that none is looked at twice
         for _ in range(min(_MOST_PASSED_OVER, len(self))):
             block = self._head()
             cached = self._cached[block]

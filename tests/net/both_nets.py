@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -55,23 +56,26 @@ class Relay:
         self._server.close()
 
 
-class Net:
+class Net(ABC):
     """One of the two worlds: a new transport for each process, an endpoint, and a way to cut."""
 
     endpoint: str
 
+    @abstractmethod
     def transport(self) -> Transport:
-        raise NotImplementedError
+        """For one process."""
 
+    @abstractmethod
     async def weak_endpoint(self) -> str:
         """Leads to `endpoint`, over connections that `cut` breaks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self) -> None:
-        raise NotImplementedError
+        """Break them."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Nothing to close."""
+        """The end of this world."""
 
 
 class LiveNet(Net):
@@ -112,6 +116,9 @@ class SimNet(Net):
     def cut(self) -> None:
         for dealer in self._network.dealers:
             self._network.break_link(dealer)
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class Ends:

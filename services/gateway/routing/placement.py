@@ -6,12 +6,12 @@ cached blocks that it has no copy of, and the computing of the rest; each later 
 the decode worker with this request in its batch. Of the pairs that meet the request's targets the
 one is taken where its work and its wait for the first token are least in sum: work is spared, but
 not by a line before one worker while another is idle. If none does, or it has no targets, it is the
-one that serves it soonest and delays others least. A
-decode worker pairs with itself where it may compute the prompt too: a short one, one for whose
-chunks the targets of those that run there leave time (services/decode/pace.py), or one whose KV
-would take longer to move (break_even.py). A prefill worker keeps what it has computed, and decodes
-it, where no decode worker has a place for it or would meet its target per token. (Mooncake's
-Algorithm 1 chooses by the same three terms: Qin et al., 2025.)
+one that serves it soonest and delays others least. A decode worker pairs with itself where it may
+compute the prompt too: a short one, one for whose chunks the targets of those that run there leave
+time (services/decode/pace.py), or one whose KV would take longer to move (break_even.py). A prefill
+worker keeps what it has computed, and decodes it, where no decode worker has a place for it or
+would meet its target per token. (Mooncake's Algorithm 1 chooses by the same three terms: Qin et
+al., 2025.)
 """
 
 from __future__ import annotations
