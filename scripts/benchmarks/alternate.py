@@ -18,7 +18,7 @@ from scripts.benchmarks.attainment import Targets
 from scripts.benchmarks.loads import Load
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_goodputs
+from scripts.benchmarks.trial_tables import add_bound, add_goodputs, add_short_loads
 from scripts.benchmarks.trials import Plan, Trials, make_plan
 
 _ENDED = object()
@@ -123,6 +123,8 @@ def _report(
         for name, each in tried.items():
             report.figures[name] = {**each.trial.figures(), "goodputs": goodputs[name]}
         add_goodputs(report, goodputs, plan.precision)
+        for name, each in tried.items():
+            add_short_loads(report, f"{name}, last round", each.trial, plan.precision)
         base = next(iter(tried.values()))
         add_bound(report, base.trial, options.prefill, len(setting.cores))
     return report

@@ -20,7 +20,13 @@ from scripts.benchmarks.attainment import Targets
 from scripts.benchmarks.measure import spread
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_goodputs, add_tables, in_both
+from scripts.benchmarks.trial_tables import (
+    add_bound,
+    add_goodputs,
+    add_short_loads,
+    add_tables,
+    in_both,
+)
 from scripts.benchmarks.trials import Plan, Trial, Trials, last_of, make_plan
 
 Found = Mapping[str, list[Trial]]  # one trial a round, by target
@@ -97,6 +103,9 @@ def _report(options: argparse.Namespace, plan: Plan, setting: Setting, found: Fo
     if plan.is_goodput:
         goodputs = {name: [trial.goodput for trial in tried] for name, tried in found.items()}
         add_goodputs(report, goodputs, plan.precision)
+        for name, tried in found.items():
+            if last := last_of(tried):
+                add_short_loads(report, f"{name}, last round", last, plan.precision)
         add_bound(report, base, options.prefill, len(setting.cores))
     return report
 

@@ -31,6 +31,15 @@ def waits_at_most(limit_s: float, rate: float, service_s: float) -> float:
         return float((1 - arrivals * service) * total)
 
 
+def rate_kept_up(rate: float, num_requests: float, limit_s: float) -> float:
+    """The least that a server may do each second if of `num_requests` that came at `rate` none has
+    waited longer than `limit_s`.
+
+    It may be less than `rate`, as a line may grow until they have all come.
+    """
+    return rate / (1 + rate * limit_s / num_requests)
+
+
 def rate_bound(service_s: float, limit_s: float, share: float, num_cores: int = 1) -> float:
     """The highest rate at which `share` of requests have waited and been served within `limit_s`.
 

@@ -17,7 +17,12 @@ from collections.abc import Generator
 from scripts.benchmarks import engines, plots, targets, trials
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Setting
-from scripts.benchmarks.trial_tables import add_bound, add_tables, goodput_text
+from scripts.benchmarks.trial_tables import (
+    add_bound,
+    add_short_loads,
+    add_tables,
+    goodput_text,
+)
 from scripts.benchmarks.trials import Plan, Trial, Trials, last_of, make_plan
 
 _URL_VOCAB = 2048
@@ -92,6 +97,7 @@ def _report(
         add_tables(report, f"round {number}, {trial.targets}", trial)
     if plan.is_goodput and (last := last_of(found)):
         report.note(goodput_text([trial.goodput for trial in found], plan.precision))
+        add_short_loads(report, "last round", last, plan.precision)
         num_prefill = options.prefill if options.mode == "disaggregated" else len(setting.cores)
         add_bound(report, last, num_prefill, len(setting.cores))
     return report

@@ -118,6 +118,18 @@ def add_bound(report: Report, trial: Trial, num_prefill: int, num_cores: int) ->
         )
 
 
+def add_short_loads(report: Report, title: str, trial: Trial, precision: float) -> None:
+    """Warn where loads were so short that a line before the server could pass for goodput."""
+    goodput, kept_up = trial.goodput, trial.kept_up
+    if goodput and kept_up and goodput > (1 + precision) * kept_up:
+        count = trial.loads[-1].spec.count
+        report.note(
+            f"{title}: {count} requests come within {count / goodput:.0f} s, in which a line can "
+            f"grow that is still within the target. Without end the server may keep up only "
+            f"{kept_up:.3g} requests/s; more --requests tell"
+        )
+
+
 def add_goodputs(
     report: Report, goodputs: Mapping[str, Sequence[float | None]], precision: float
 ) -> None:

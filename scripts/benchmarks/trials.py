@@ -16,6 +16,7 @@ from scripts.benchmarks.load_generator import LoadSpec
 from scripts.benchmarks.loads import Load, run_load
 from scripts.benchmarks.measure import core_list
 from scripts.benchmarks.progress import say
+from scripts.benchmarks.queueing import rate_kept_up
 from scripts.benchmarks.search import Search, confirm, find_rate
 from scripts.benchmarks.servers import Server
 
@@ -66,6 +67,14 @@ class Trial:
     goodput: float | None = None
     is_whole: bool = False
 
+    @property
+    def kept_up(self) -> float | None:
+        """The goodput, less what a line that grew until the load's end may have feigned."""
+        if not self.goodput or self.targets is None:
+            return self.goodput
+        num_in_time = self.loads[-1].spec.count * self.targets.share
+        return rate_kept_up(self.goodput, num_in_time, self.targets.ttft_s)
+
     def figures(self) -> dict[str, Any]:
         """All there is to write down."""
         targets = self.targets
@@ -73,6 +82,7 @@ class Trial:
             "targets": None if targets is None else str(targets),
             "unloaded_ttft_s": self.unloaded_ttft_s,
             "goodput": self.goodput,
+            "kept_up": self.kept_up,
             "is_whole": self.is_whole,
             "loads": [load.figures(targets) for load in self.loads],
         }

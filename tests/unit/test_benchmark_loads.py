@@ -15,7 +15,7 @@ from scripts.benchmarks.attainment import Outcome, Targets, attainment, most_mis
 from scripts.benchmarks.clusters import service_settings
 from scripts.benchmarks.http_streams import Streamed, request_bytes
 from scripts.benchmarks.measure import core_list
-from scripts.benchmarks.queueing import rate_bound, waits_at_most
+from scripts.benchmarks.queueing import rate_bound, rate_kept_up, waits_at_most
 from scripts.benchmarks.search import Search, confirm, find_rate
 
 _HEAD = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=10\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -163,6 +163,17 @@ def test_the_bound_is_where_the_share_is_just_met() -> None:
     assert 1.0 < bound < 2.0
     assert rate_bound(0.5, 1.5, 0.9) < bound < rate_bound(0.5, 2.0, 0.9, num_cores=2)
     assert rate_bound(3.0, 2.0, 0.9) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "num_requests"), [(2.5, 20), (2.5, 2000), (0.9, 20), (50.0, 40)])
+def test_a_line_that_grows_until_a_loads_end_is_no_goodput(rate: float, num_requests: int) -> None:
+    done_a_second, limit_s = rate_kept_up(rate, num_requests, 14.0), 14.0
+    free_at, waits = 0.0, []
+    for number in range(num_requests):
+        at = number / rate
+        waits.append(max(0.0, free_at - at))
+        free_at = max(free_at, at) + 1 / done_a_second
+    assert max(waits) == pytest.approx(limit_s * (num_requests - 1) / num_requests)
 
 
 def _event(number: int, end: str = "null") -> bytes:

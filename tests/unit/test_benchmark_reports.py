@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from scripts.benchmarks import alternate, compare, engines, targets, trials
-from scripts.benchmarks.attainment import Outcome
+from scripts.benchmarks.attainment import Outcome, Targets
 from scripts.benchmarks.clusters import busy_of
 from scripts.benchmarks.load_generator import End, LoadSpec
 from scripts.benchmarks.loads import Load, Used
 from scripts.benchmarks.report import Report, report_of
 from scripts.benchmarks.servers import Busy, Server
-from scripts.benchmarks.trial_tables import add_goodputs
+from scripts.benchmarks.trial_tables import add_goodputs, add_short_loads
 
 
 def _rounds(done: list[int], ends_after: int) -> Generator[None, None, None]:
@@ -188,6 +188,21 @@ def test_no_ratio_is_told_to_a_server_without_goodput() -> None:
     assert report.figures["three"]["goodput"].median == 0
     assert "first_over_this" not in report.figures["three"]
     report.show()
+
+
+def test_loads_too_short_to_tell_a_line_from_goodput_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = Report("a case", {})
+    for goodput, count in ((2.45, 20), (2.45, 400), (0.1, 20), (0.0, 20), (None, 20)):
+        loads = [Load("", LoadSpec(url="", mix="512/64", vocab=9, count=count))]
+        trial = trials.Trial(loads, Targets(14, 0.12, 0.9), goodput=goodput)
+        add_short_loads(report, f"{goodput} of {count}", trial, precision=0.1)
+    report.show()
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("a line can grow") == 1
+    assert "2.45 of 20: 20 requests come within 8 s" in told
+    assert "keep up only 0.843 requests/s" in told
 
 
 def test_what_a_load_used_is_told_apart() -> None:
